@@ -1,0 +1,208 @@
+"""Diffusion with one noise level per frame: noising, the loss, and turning noise into video.
+
+Every target is one affine path  x_t = alpha_t * x0 + sigma_t * eps  and one linear read-out  out = a * x0 + b * eps:
+
+    pred_name   alpha, sigma                    a        b        native noise schedule
+    epsilon     sqrt(ab), sqrt(1 - ab)          0        1        linear
+    x           sqrt(ab), sqrt(1 - ab)          1        0        squaredcos_cap_v2, zero terminal SNR
+    v           sqrt(ab), sqrt(1 - ab)         -sigma    alpha    squaredcos_cap_v2, zero terminal SNR
+    flow        tau, 1 - tau; tau=1-(t+1)/T     1       -1        none: its path is a straight line
+
+so noising, the target, its inversion and the sampler's step are each written once. Timesteps run from 0 (almost
+clean) to T-1 (noise); -1 is exactly clean.
+"""
+import math
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+SCHEDULES = ('sequential', 'full_sequence', 'pyramid')
+
+
+def alpha_bar_table(noise_schedule, zero_terminal_snr, num_timesteps=1000):
+    """Cumulative signal power ab_t, float64 [T]: Ho et al. 2020 (linear), Nichol & Dhariwal 2021 (squaredcos)."""
+    if noise_schedule == 'linear':
+        beta = torch.linspace(1e-4, 0.02, num_timesteps, dtype=torch.float64)
+    elif noise_schedule == 'squaredcos_cap_v2':
+        s = torch.arange(num_timesteps + 1, dtype=torch.float64) / num_timesteps
+        ab = torch.cos((s + 0.008) / 1.008 * math.pi / 2) ** 2
+        beta = (1 - ab[1:] / ab[:-1]).clamp(max=0.999)
+    else:
+        raise ValueError(f'noise_schedule={noise_schedule!r}: expected linear or squaredcos_cap_v2')
+    ab = torch.cumprod(1 - beta, dim=0)
+    if zero_terminal_snr:  # the last step is pure noise, as sampling assumes (Lin et al. 2023, algorithm 1)
+        root = ab.sqrt()
+        root = (root - root[-1]) * root[0] / (root[0] - root[-1])
+        ab = root ** 2
+    return ab
+
+
+def schedule_matrix(schedule, num_frames, num_context, num_steps, num_timesteps=1000):
+    """Who is denoised when: timesteps [rows, num_frames]; each sampler step goes from one row to the next.
+
+    full_sequence denoises all frames together, sequential one after the other, and in pyramid each frame is one step
+    behind the one before. Context columns are -1 throughout.
+    """
+    if schedule not in SCHEDULES:
+        raise ValueError(f'schedule={schedule!r}: expected one of {", ".join(SCHEDULES)}')
+    grid = torch.linspace(-1, num_timesteps - 1, num_steps + 1, dtype=torch.float64).long().flip(0)
+    delay = {'full_sequence': 0, 'pyramid': 1, 'sequential': num_steps}[schedule]
+    delays = delay * torch.arange(num_frames - num_context)
+    step = torch.arange(num_steps + int(delays[-1]) + 1)[:, None] - delays  # steps frame f has taken in each row
+    matrix = torch.full((len(step), num_frames), -1)
+    matrix[:, num_context:] = grid[step.clamp(0, num_steps)]
+    return matrix
+
+
+class Diffusion(nn.Module):
+    """A prediction target with its noise schedule. Holds two tables, alpha and sigma, and no weights.
+
+    pred_name: epsilon, x, v or flow. noise_schedule, zero_terminal_snr: None for the target's native ones.
+    snr_gamma: the loss weight is min(SNR, gamma) / SNR; 0 turns it off, and flow never uses it.
+    """
+
+    def __init__(self, pred_name='v', noise_schedule=None, zero_terminal_snr=None, num_timesteps=1000, snr_gamma=5.0):
+        super().__init__()
+        if pred_name not in ('epsilon', 'x', 'v', 'flow'):
+            raise ValueError(f'pred_name={pred_name!r}: expected epsilon, x, v or flow')
+        noise_schedule = noise_schedule or ('linear' if pred_name == 'epsilon' else 'squaredcos_cap_v2')
+        if zero_terminal_snr is None:
+            zero_terminal_snr = pred_name in ('x', 'v')
+        if pred_name == 'epsilon' and (zero_terminal_snr or noise_schedule != 'linear'):
+            raise ValueError('pred_name=epsilon needs noise_schedule=linear and zero_terminal_snr=False: '
+                             'where no signal is left, x0 cannot be recovered from the noise')
+        self.pred_name, self.num_timesteps = pred_name, num_timesteps
+        self.snr_gamma = 0.0 if pred_name == 'flow' else snr_gamma
+        self.alphas_cumprod = alpha_bar_table(noise_schedule, zero_terminal_snr, num_timesteps)
+        if pred_name == 'flow':
+            tau = 1 - torch.arange(1, num_timesteps + 1, dtype=torch.float64) / num_timesteps
+            alpha, sigma = tau, 1 - tau
+        else:
+            alpha, sigma = self.alphas_cumprod.sqrt(), (1 - self.alphas_cumprod).sqrt()
+        one = torch.ones(1, dtype=torch.float64)  # entry 0 of the tables is t = -1: clean
+        self.register_buffer('alpha', torch.cat([one, alpha]).float(), persistent=False)
+        self.register_buffer('sigma', torch.cat([0 * one, sigma]).float(), persistent=False)
+
+    def path(self, t):
+        """alpha, sigma [B,F,1,1,1] at integer timesteps t [B,F]."""
+        i = (t + 1)[..., None, None, None]
+        return self.alpha[i], self.sigma[i]
+
+    def readout(self, alpha, sigma):
+        """(a, b) of the network's output a * x0 + b * eps."""
+        zero, one = torch.zeros_like(alpha), torch.ones_like(alpha)
+        return {'epsilon': (zero, one), 'x': (one, zero), 'v': (-sigma, alpha), 'flow': (one, -one)}[self.pred_name]
+
+    def add_noise(self, x0, t, noise):
+        """x_t: frames x0 [B,F,...] at timesteps t [B,F]."""
+        alpha, sigma = self.path(t)
+        return alpha * x0 + sigma * noise
+
+    def target(self, x0, t, noise):
+        """What the network should say."""
+        a, b = self.readout(*self.path(t))
+        return a * x0 + b * noise
+
+    def invert(self, x_t, t, out):
+        """(x0, eps) from x_t and the network's output: the 2x2 system of the path and the read-out, solved.
+
+        Two entries divide by what could be 0: alpha at T-1 for epsilon (refused above: its schedule keeps some signal)
+        and sigma at -1 for x (a clean frame is read as t=0, as the model is shown it).
+        """
+        alpha, sigma = self.path(t.clamp(min=0))
+        a, b = self.readout(alpha, sigma)
+        det = alpha * b - sigma * a
+        return (b * x_t - sigma * out) / det, (alpha * out - a * x_t) / det
+
+    def sample_timesteps(self, shape, sampling='logit_normal', mean=0.0, std=1.0, per_clip=False, generator=None):
+        """Training timesteps [B,F], drawn for each frame, or one per clip.
+
+        logit_normal is floor(sigmoid(N(mean, std)) * T) (Esser et al. 2024); a std of 2.5 or more favours both ends:
+        clean pasts and noisy presents, which is what a rollout shows the model.
+        """
+        if sampling not in ('logit_normal', 'uniform'):
+            raise ValueError(f'timestep_sampling={sampling!r}: expected logit_normal or uniform')
+        draw = (shape[0], 1) if per_clip else shape
+        device = self.alpha.device
+        if sampling == 'uniform':
+            u = torch.rand(draw, device=device, generator=generator)
+        else:
+            u = torch.sigmoid(torch.randn(draw, device=device, generator=generator) * std + mean)
+        return (u * self.num_timesteps).long().clamp(max=self.num_timesteps - 1).expand(shape)
+
+    def loss(self, model, x0, action=None, t=None, noise=None):
+        """Mean squared error of the target, each frame weighted by its own min-SNR weight (Hang et al. 2023).
+
+        x0 [B,F,C,H,W], action [B,F,A]; t [B,F] and noise like x0 are drawn when not given. Returns a scalar.
+        """
+        t = self.sample_timesteps(x0.shape[:2]) if t is None else t
+        noise = torch.randn_like(x0) if noise is None else noise
+        out = model(self.add_noise(x0, t, noise), t, action)
+        mse = F.mse_loss(out.float(), self.target(x0, t, noise), reduction='none').mean(dim=(2, 3, 4))  # [B,F]
+        if self.snr_gamma:
+            alpha, sigma = (z[..., 0, 0, 0] for z in self.path(t))
+            mse = mse * (self.snr_gamma * sigma ** 2 / alpha.clamp(min=1e-8) ** 2).clamp(max=1)
+        return mse.mean()
+
+    def step(self, x, t, s, out, eta=0.0, noise=None):
+        """One DDIM step of every frame from timestep t [B,F] to s (Song et al. 2021); for flow it is Euler's.
+
+        Frames with t == s stay as they are. eta adds fresh `noise` (eq. 16, in alpha and sigma so that it serves flow).
+        """
+        x0, eps = self.invert(x, t, out)
+        alpha, sigma = self.path(s)
+        new = alpha * x0 + sigma * eps
+        if eta:
+            alpha_t, sigma_t = self.path(t.clamp(min=0))
+            fresh = eta * sigma / sigma_t * (sigma_t ** 2 - (alpha_t / alpha * sigma) ** 2).clamp(min=0).sqrt()
+            new = alpha * x0 + (sigma ** 2 - fresh ** 2).clamp(min=0).sqrt() * eps + fresh * noise
+        return torch.where((t != s)[..., None, None, None], new, x)
+
+    @torch.no_grad()
+    def sample(self, model, context, action, num_frames, num_steps, schedule='sequential', stabilization=0.02, eta=0.0,
+               noise=None, context_noise=None, history=None, progress=None):
+        """Dream: continue context [B,K,C,H,W] to num_frames frames under action [B,num_frames,A] (or None).
+
+        Frames beyond the model's window slide it: the last `history` frames (default: all but one of the window)
+        become the context of one new frame. Known frames are shown slightly noised, to timestep
+        round(stabilization * (T-1)), so that small errors of the dream look like noise to the model.
+        noise, context_noise: like the output, drawn when not given (context_noise may cover the context only).
+        progress: called once per network evaluation. Returns [B,num_frames,C,H,W], the context untouched.
+        """
+        B, K = context.shape[:2]
+        window = model.config.num_frames
+        history = history or window - 1
+        if not 1 <= history < window:
+            raise ValueError(f'history={history}: expected 1 to {window - 1}, as the model sees {window} frames')
+        x = torch.randn(B, num_frames, *context.shape[2:], device=context.device) if noise is None else noise.clone()
+        fixed = torch.randn_like(x)  # a frame that became context is noised once, always with the same noise
+        if context_noise is not None:
+            fixed[:, :context_noise.shape[1]] = context_noise
+        x[:, :K] = context
+        while K < num_frames:
+            start = 0 if K < window else K - history
+            end = min(window, num_frames) if K < window else K + 1
+            frames, known = slice(start, end), K - start
+            x[:, K:end] = self._denoise(
+                model, x[:, frames], fixed[:, frames], action if action is None else action[:, frames], known,
+                schedule_matrix(schedule, end - start, known, num_steps, self.num_timesteps), stabilization, eta,
+                progress)[:, known:]
+            K = end
+        return x
+
+    def _denoise(self, model, x, fixed, action, known, matrix, stabilization, eta, progress):
+        """Denoise the frames of one window after its first `known`, following the rows of a schedule matrix."""
+        matrix = matrix.to(x.device)
+        level = round(stabilization * (self.num_timesteps - 1)) if stabilization else -1
+        x = torch.cat([self.add_noise(x[:, :known], matrix.new_full((1, known), level), fixed[:, :known]),
+                       x[:, known:]], dim=1)
+        shown = matrix.clone()
+        shown[:, :known] = level
+        for i in range(len(matrix) - 1):
+            t, s = matrix[i:i + 1], matrix[i + 1:i + 2]
+            out = model(x, shown[i:i + 1].expand(len(x), -1), action).float()
+            x = self.step(x, t, s, out, eta, torch.randn_like(x) if eta else None)
+            if progress:
+                progress()
+        return x
