@@ -1,0 +1,23 @@
+# PushT at 64x64 pixels, small enough for two CPU cores.
+out_dir = 'out/pusht_tiny'
+dataset = 'data/pusht'
+frame_interval = 5  # half a second between frames; an action is 5 x 2 numbers
+normalize_action = True
+pred_name = 'x'
+patch_size = 8
+hidden_size = 192
+depth = 6
+num_heads = 6
+timestep_std = 2.5
+batch_size = 16
+max_steps = 6000
+learning_rate = 1.5e-3
+warmup_steps = 200
+gradient_clip_norm = 1.0
+ema_decay = 0.998
+dtype = 'bf16'
+val_every = 500
+dream_every = 1000
+latest_every = 250
+keep_every = 1000
+sample_steps = 10

@@ -1,0 +1,19 @@
+# The wall world on a laptop: 32x32 pixels, 1 M parameters, about ten minutes on two CPU cores.
+out_dir = 'out/wall'
+dataset = 'data/wall'
+pred_name = 'x'  # a patch of 8x8x3 pixels is wider than the model, so noise could not get through it
+patch_size = 8
+hidden_size = 128
+depth = 4
+num_heads = 4
+timestep_std = 2.5
+batch_size = 24
+max_steps = 3500
+learning_rate = 2.5e-3
+warmup_steps = 100
+gradient_clip_norm = 1.0
+ema_decay = 0.995
+val_every = 500
+dream_every = 1750
+latest_every = 500
+sample_steps = 10

@@ -1,0 +1,152 @@
+"""Prepare a dataset once, then read it memory-mapped.
+
+    python data.py wall                     # collect 2,000 episodes of the wall world into data/wall
+    python data.py pusht --episodes=1000    # the same with the PushT simulator
+
+A prepared dataset is a folder with meta.json and, for each split, three arrays:
+
+    {train,val}/frames.npy      uint8 [N,C,H,W] pixels, or float16 latents; all episodes one after the other
+    {train,val}/actions.npy     float32 [N,A]; actions[i] is what was done at frames[i]
+    {train,val}/episodes.npy    int64 [E+1]; episode e is rows episodes[e] to episodes[e+1]
+"""
+import json
+import multiprocessing
+import os
+import shutil
+import sys
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import envs
+
+FILES = ('frames', 'actions', 'episodes')
+
+
+class Clips:
+    """Clips of `num_frames` frames, `frame_interval` apart, that never cross an episode.
+
+    The actions between two kept frames are concatenated, so a clip's action is [F, frame_interval * A]; with
+    `normalize` they are standardised by the training split's mean and std. len() counts every possible start.
+    """
+
+    def __init__(self, root, split, num_frames, frame_interval=1, normalize=False):
+        folder = os.path.join(root, split)
+        try:
+            self.frames, self.actions, self.episodes = (
+                np.load(os.path.join(folder, f'{name}.npy'), mmap_mode='r') for name in FILES)
+            with open(os.path.join(root, 'meta.json')) as f:
+                self.meta = json.load(f)
+        except (OSError, ValueError) as e:
+            name = os.path.basename(root)
+            raise SystemExit(f'no prepared dataset at {folder} ({e}): make it with python data.py {name}') from e
+        self.num_frames, self.interval = num_frames, frame_interval
+        self.action_dim = frame_interval * self.actions.shape[1]
+        scale = (self.meta['action_mean'], self.meta['action_std']) if normalize else (0.0, 1.0)
+        self.mean, self.std = (np.float32(s) for s in scale)
+        # a clip is numbered by its start; episodes too short for one have none
+        starts = np.diff(self.episodes) - (num_frames - 1) * frame_interval
+        self.cumulative = np.concatenate([[0], np.cumsum(np.maximum(starts, 0))])
+        if len(self) == 0:
+            raise SystemExit(f'{folder}: no episode has {(num_frames - 1) * frame_interval + 1} frames, which '
+                             f'num_frames={num_frames} at frame_interval={frame_interval} needs; lower one of them')
+
+    def __len__(self):
+        return int(self.cumulative[-1])
+
+    def rows(self, clips):
+        """First row and episode end of clips, each int64 [B]."""
+        episode = np.searchsorted(self.cumulative, clips, side='right') - 1
+        return self.episodes[episode] + clips - self.cumulative[episode], self.episodes[episode + 1]
+
+    def batch(self, clips):
+        """Clips by number [B] -> frames [B,F,C,H,W] as stored, action float32 [B,F,frame_interval*A]."""
+        first, end = self.rows(np.asarray(clips))
+        rows = first[:, None] + np.arange(self.num_frames * self.interval)
+        frames = self.frames[rows[:, ::self.interval]]
+        # rows past the end of the episode belong to the last frame's action, which no frame of the clip depends on
+        actions = (self.actions[np.minimum(rows, end[:, None] - 1)] - self.mean) / self.std
+        return torch.from_numpy(frames), torch.from_numpy(actions.reshape(len(rows), self.num_frames, -1))
+
+    def fixed(self, count, seed=42):
+        """Numbers of `count` clips (all, if there are fewer), the same for every run with this seed."""
+        return np.random.default_rng(seed).permutation(len(self))[:count]
+
+
+def to_model(frames, device='cpu'):
+    """Stored frames on `device` as float32: uint8 pixels become [-1, 1], latents stay as they are."""
+    frames = frames.to(device, non_blocking=True)
+    return frames.float() / 127.5 - 1 if frames.dtype == torch.uint8 else frames.float()
+
+
+# -----------------------------------------------------------------------------
+# collecting: every episode has its own seed and its own rows, so workers write straight into the final arrays
+
+def collect_episode(job):
+    """Play one scripted episode into its rows of the arrays; returns the number of steps with contact."""
+    world, folder, row, steps, size, seed = job
+    if world not in worlds:
+        worlds[world] = envs.WORLDS[world]()
+    env, rng = worlds[world], np.random.default_rng(seed)
+    frames, actions = (np.load(os.path.join(folder, f'{name}.npy'), mmap_mode='r+') for name in FILES[:2])
+    env.reset(seed)
+    contacts = 0
+    for i in range(row, row + steps):
+        frames[i] = env.render(size)
+        actions[i] = env.explore(rng)
+        contacts += env.step(actions[i])
+    return contacts
+
+
+worlds = {}  # each worker process makes its simulator once
+
+
+def collect(world, root, episodes, size, seed, workers):
+    """Collect `episodes` episodes (a tenth of them for validation) into `root`, which appears when it is complete."""
+    steps, partial = envs.EPISODE_STEPS[world], f'{root}.partial'
+    envs.WORLDS[world]()  # a missing simulator says so here, once
+    shutil.rmtree(partial, ignore_errors=True)
+    num_val = max(1, episodes // 10)
+    jobs = []
+    for split, first, count in (('train', 0, episodes - num_val), ('val', episodes - num_val, num_val)):
+        folder = os.path.join(partial, split)
+        os.makedirs(folder)
+        new = np.lib.format.open_memmap
+        new(f'{folder}/frames.npy', mode='w+', dtype=np.uint8, shape=(count * steps, 3, size, size))
+        new(f'{folder}/actions.npy', mode='w+', dtype=np.float32, shape=(count * steps, 2))
+        np.save(f'{folder}/episodes.npy', np.arange(count + 1) * steps)
+        jobs += [(world, folder, i * steps, steps, size, seed * 1_000_000 + first + i) for i in range(count)]
+    with multiprocessing.get_context('spawn').Pool(workers) as pool:
+        contacts = list(tqdm(pool.imap(collect_episode, jobs, chunksize=4), total=len(jobs), unit='episode',
+                             desc=f'collecting {world}'))
+    actions = np.load(f'{partial}/train/actions.npy', mmap_mode='r')
+    meta = dict(name=world, episodes=episodes, steps_per_episode=steps, image_size=size, seed=seed,
+                action_mean=float(actions.mean()), action_std=float(actions.std()),
+                contact_share=sum(contacts) / (episodes * steps))
+    with open(f'{partial}/meta.json', 'w') as f:
+        json.dump(meta, f, indent=1)
+    os.rename(partial, root)
+    print(f'{root}: {episodes} episodes of {steps} frames at {size}x{size}, contact in '
+          f'{meta["contact_share"]:.0%} of the steps')
+
+
+if __name__ == '__main__':
+    from configurator import configure
+    if len(sys.argv) > 1 and not sys.argv[1].startswith('-'):
+        sys.argv[1] = f'--world={sys.argv[1]}'  # python data.py wall
+    # settings -----------------------------------------------------------------
+    world = 'wall'  # which: wall or pusht
+    root = ''  # where to; '' is data/<world>
+    episodes = 2000  # a tenth of them are for validation
+    image_size = 0  # pixels, square; 0 is 32 for wall and 64 for pusht
+    seed = 0
+    workers = os.cpu_count()
+    # --------------------------------------------------------------------------
+    configure(globals())
+    if world not in envs.WORLDS:
+        sys.exit(f'{world!r}: unknown dataset; expected {" or ".join(envs.WORLDS)}')
+    root = root or f'data/{world}'
+    if os.path.exists(root):
+        sys.exit(f'{root} is there already; delete it to collect again, or choose another --root')
+    collect(world, root, episodes, image_size or {'wall': 32, 'pusht': 64}[world], seed, workers)

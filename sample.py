@@ -1,0 +1,146 @@
+"""Dream: show the model the first frames of held-out clips, give it the actions, and write truth beside dream.
+
+    python sample.py --ckpt=out/wall                            # GIF beside the checkpoint
+    python sample.py --ckpt=out/wall --num_frames=50            # longer than the model's window, which slides
+    python sample.py --ckpt=out/wall --actions=file.npy         # your own actions, float [num_frames, A]
+"""
+import os
+import sys
+
+import imageio.v3 as iio
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+from tqdm import tqdm
+
+from data import Clips, to_model
+from diffusion import SCHEDULES, Diffusion
+from model import load_model
+
+
+def load_run(ckpt, device=None):
+    """(model, diffusion, config) of a checkpoint written by train.py; ends with one line if it cannot be read."""
+    try:
+        model, meta = load_model(ckpt, device or pick_device())
+    except (FileNotFoundError, ValueError) as e:
+        sys.exit(str(e))
+    cfg = meta['train']
+    diffusion = Diffusion(cfg['pred_name'], cfg['noise_schedule'], cfg['zero_terminal_snr'], snr_gamma=cfg['snr_gamma'])
+    return model, diffusion.to(model.pos_embed.device), cfg
+
+
+def pick_device():
+    return 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
+
+
+def dream(model, diffusion, frames, action, num_context, num_steps, seed=0, progress=False, **options):
+    """Continue frames[:, :num_context] under action. frames [B,N,C,H,W] in [-1,1]; returns the same shape.
+
+    The same seed draws the same noise for every batch of this shape, so that two rollouts differ by their actions only.
+    options go to Diffusion.sample.
+    """
+    generator = torch.Generator().manual_seed(seed)  # on the CPU: the same on every device
+    draw = lambda: torch.randn(frames.shape, generator=generator).to(frames.device)  # noqa: E731
+    with tqdm(disable=not progress, desc='dreaming', unit='eval') as bar:
+        return diffusion.sample(model, frames[:, :num_context], action, frames.shape[1], num_steps,
+                                noise=draw(), context_noise=draw(), progress=bar.update, **options)
+
+
+def to_pixels(frames):
+    """[..., C,H,W] in [-1, 1] -> uint8 [..., H,W,3] on the CPU."""
+    return ((frames.clamp(-1, 1) + 1) * 127.5).round().byte().cpu().numpy().swapaxes(-3, -1).swapaxes(-3, -2)
+
+
+def side_by_side(rows, num_context, min_size=96):
+    """Video uint8 [T,H',W',3] with one row for each {label: uint8 [B,T,h,w,3]} and one column for each clip.
+
+    Dreamed frames carry a red bar; frames are enlarged without smoothing to at least min_size pixels.
+    """
+    scale = -(-min_size // next(iter(rows.values())).shape[2])
+    left, gap, bar = 44, 4, 4
+    video = []
+    for t in range(next(iter(rows.values())).shape[1]):
+        strips = []
+        for label, clips in rows.items():
+            frames = clips[:, t].repeat(scale, axis=1).repeat(scale, axis=2)
+            colour = (230, 60, 50) if label == 'dream' and t >= num_context else (160, 160, 160)
+            frames = np.concatenate([frames, np.broadcast_to(np.uint8(colour), (len(frames), bar, *frames.shape[2:]))],
+                                    axis=1)
+            frames = np.pad(frames, ((0, 0), (gap, 0), (0, gap), (0, 0)), constant_values=255)
+            strip = Image.fromarray(np.pad(np.concatenate(frames, axis=1), ((0, 0), (left, 0), (0, 0)),
+                                           constant_values=255))
+            ImageDraw.Draw(strip).text((4, strip.height // 2 - 6), label, fill=(40, 40, 40))
+            strips.append(np.asarray(strip))
+        video.append(np.concatenate(strips))
+    return np.stack(video)
+
+
+def contact_sheet(rows):
+    """Picture uint8 [H',W',3]: for each clip, a strip of frames for each {label: uint8 [B,T,h,w,3]}."""
+    strips = [np.concatenate(list(clip), axis=1) for clips in zip(*rows.values(), strict=True) for clip in clips]
+    return np.concatenate(strips).repeat(2, axis=0).repeat(2, axis=1)
+
+
+def write_video(path, video, fps):
+    """Write uint8 [T,H,W,3] as a looping GIF, or as MP4 if the name says so (needs imageio-ffmpeg)."""
+    if path.endswith('.mp4'):
+        try:
+            import imageio_ffmpeg  # noqa: F401
+        except ImportError:
+            sys.exit('writing MP4 needs an encoder: pip install imageio-ffmpeg, or use --format=gif')
+        video = video[:, :video.shape[1] // 2 * 2, :video.shape[2] // 2 * 2]  # H.264 wants even sides
+        iio.imwrite(path, video, fps=fps, codec='libx264', plugin='FFMPEG', macro_block_size=1)
+    else:
+        iio.imwrite(path, video, duration=1000 / fps, loop=0)
+
+
+if __name__ == '__main__':
+    from configurator import configure
+    # settings -----------------------------------------------------------------
+    ckpt = 'out/wall'  # run folder or checkpoint file
+    dataset = ''  # prepared dataset to start from; '' is the one the model was trained on
+    out = ''  # file to write; '' is rollout.<format> beside the checkpoint
+    format = 'gif'  # gif or mp4
+    fps = 4
+    num_clips = 6  # held-out starts, or with --actions: dreams of the same actions
+    num_frames = 16  # length of the dream, context included
+    context_frames = 0  # 0 is what the model was trained for
+    actions = ''  # .npy of float [num_frames, A] (or [num_frames * frame_interval, A]) instead of the recorded ones
+    num_steps = 0  # denoising steps per frame; 0 is the run's own
+    schedule = 'sequential'  # sequential, full_sequence or pyramid
+    stabilization = 0.02  # how noisy the known frames are shown, as a share of the timesteps
+    eta = 0.0  # 0 is deterministic DDIM, 1 is DDPM
+    history = 0  # frames kept as context when the window slides; 0 is all but one
+    seed = 0
+    device = ''  # cpu, cuda, mps; '' is the best there is
+    # --------------------------------------------------------------------------
+    configure(globals())
+    if schedule not in SCHEDULES:
+        sys.exit(f'schedule={schedule!r}: expected one of {", ".join(SCHEDULES)}')
+    model, diffusion, cfg = load_run(ckpt, device)
+    context_frames = context_frames or cfg['context_frames']
+    num_steps = num_steps or cfg['sample_steps']
+    if actions:
+        if not os.path.exists(actions):
+            sys.exit(f'--actions={actions}: no such file')
+        own = np.load(actions, allow_pickle=False).astype(np.float32)
+        A = model.config.action_dim
+        if own.size % A or own.ndim != 2 or A % own.shape[1]:
+            sys.exit(f'--actions={actions} has shape {list(own.shape)}: expected [num_frames, {A}]')
+        num_frames = own.size // A
+    if num_frames <= context_frames:
+        sys.exit(f'num_frames={num_frames} must be more than context_frames={context_frames}')
+    clips = Clips(dataset or cfg['dataset'], 'val', context_frames if actions else num_frames, cfg['frame_interval'],
+                  cfg['normalize_action'])
+    frames, action = clips.batch(clips.fixed(num_clips, seed=seed))
+    frames = to_model(frames, model.pos_embed.device)
+    if actions:
+        action = torch.from_numpy((own - clips.mean) / clips.std).reshape(1, num_frames, A).expand(len(frames), -1, -1)
+        blank = frames.new_zeros(len(frames), num_frames - context_frames, *frames.shape[2:])
+        frames = torch.cat([frames, blank], dim=1)
+    dreamed = dream(model, diffusion, frames, action.to(frames.device), context_frames, num_steps, seed, progress=True,
+                    schedule=schedule, stabilization=stabilization, eta=eta, history=history)
+    rows = {'dream': to_pixels(dreamed)} if actions else {'truth': to_pixels(frames), 'dream': to_pixels(dreamed)}
+    out = out or os.path.join(ckpt if os.path.isdir(ckpt) else os.path.dirname(ckpt), f'rollout.{format}')
+    write_video(out, side_by_side(rows, context_frames), fps)
+    print(f'{out}: {len(frames)} clips of {num_frames} frames, {context_frames} of them given')

@@ -1,0 +1,40 @@
+"""What the command-line tests share: a small collected world, a short training run, and a way to run a script."""
+import os
+import subprocess
+import sys
+
+import pytest
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+TRAIN = ['train.py', '--device=cpu', '--patch_size=4', '--hidden_size=32', '--depth=2', '--num_heads=2',
+         '--batch_size=4', '--pred_name=x', '--num_val_clips=4', '--sample_steps=2', '--warmup_steps=2']
+
+
+def run(*args, code=0):
+    """Run a script from the repository's root; returns its output after checking the exit code."""
+    done = subprocess.run([sys.executable, *args], cwd=ROOT, capture_output=True, text=True, timeout=240)
+    assert done.returncode == code, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def error(*args):
+    """Run a script that must fail with one line, not with a traceback; returns the line."""
+    out = run(*args, code=1)
+    assert 'Traceback' not in out, out
+    return out.strip().splitlines()[-1]
+
+
+@pytest.fixture(scope='session')
+def wall(tmp_path_factory):
+    """A small prepared wall dataset."""
+    root = str(tmp_path_factory.mktemp('data') / 'wall')
+    run('data.py', 'wall', f'--root={root}', '--episodes=20', '--image_size=16', '--workers=2')
+    return root
+
+
+@pytest.fixture(scope='session')
+def trained(wall, tmp_path_factory):
+    """The run folder of 8 training steps on it."""
+    out = str(tmp_path_factory.mktemp('out') / 'run')
+    run(*TRAIN, f'--dataset={wall}', f'--out_dir={out}', '--max_steps=8', '--latest_every=4')
+    return out

@@ -1,0 +1,161 @@
+"""Truths about the network: who sees whom, what the actions reach, and what a checkpoint holds."""
+import pytest
+import torch
+
+import model as model_module
+from diffusion import Diffusion
+from model import INJECTIONS, SIZES, NanoWM, NanoWMConfig, load_model, read_checkpoint, save_checkpoint
+
+TINY = dict(input_size=(8, 12), patch_size=2, in_channels=3, hidden_size=32, depth=4, num_heads=2, num_frames=4,
+            action_dim=3)
+
+
+def tiny(randomise=True, **options):
+    torch.manual_seed(0)
+    model = NanoWM(NanoWMConfig(**{**TINY, **options})).eval()
+    if randomise:  # the zero-initialised layers would hide everything
+        for p in model.parameters():
+            torch.nn.init.normal_(p, std=0.1)
+    return model
+
+
+def inputs(frames=4):
+    g = torch.Generator().manual_seed(1)
+    return (torch.randn(2, frames, 3, 8, 12, generator=g), torch.randint(0, 1000, (2, frames), generator=g),
+            torch.randn(2, frames, 3, generator=g))
+
+
+@pytest.mark.parametrize('size, injection, millions', [
+    ('S', 'additive', 39.78), ('B', 'additive', 158.60), ('B', 'adaln_fuse', 158.60), ('B', 'film', 172.77),
+    ('B', 'cross_attention', 186.96), ('B', 'adaln', 201.12), ('L', 'additive', 558.67)])
+def test_parameter_counts_equal_the_paper_sizes(size, injection, millions):
+    with torch.device('meta'):
+        model = NanoWM(NanoWMConfig(**SIZES[size], injection=injection))
+    assert round(sum(p.numel() for p in model.parameters()) / 1e6, 2) == millions
+
+
+@pytest.mark.parametrize('injection', INJECTIONS)
+def test_changing_frame_3_and_its_action_never_changes_frames_before(injection):
+    model, (x, t, a) = tiny(injection=injection), inputs()
+    x2, t2, a2 = x.clone(), t.clone(), a.clone()
+    x2[:, 3], t2[:, 3], a2[:, 2:] = 0, 5, 9  # action 2 leads to frame 3
+    with torch.no_grad():
+        before, after = model(x, t, a), model(x2, t2, a2)
+    assert torch.equal(before[:, :3], after[:, :3])
+    assert not torch.allclose(before[:, 3], after[:, 3])
+
+
+def test_without_causality_the_past_sees_the_future():
+    model, (x, t, a) = tiny(causal=False), inputs()
+    x2 = x.clone()
+    x2[:, 3] = 0
+    with torch.no_grad():
+        assert not torch.allclose(model(x, t, a)[:, 0], model(x2, t, a)[:, 0])
+
+
+@pytest.mark.parametrize('injection', INJECTIONS)
+def test_frame_0_depends_on_no_action(injection):
+    model, (x, t, a) = tiny(injection=injection), inputs()
+    with torch.no_grad():
+        right, wrong = model(x, t, a), model(x, t, a + 1)
+    assert torch.equal(right[:, 0], wrong[:, 0])
+    assert all(not torch.allclose(right[:, f], wrong[:, f]) for f in (1, 2, 3))
+
+
+def test_a_shorter_clip_is_the_start_of_a_longer_one():
+    model, (x, t, a) = tiny(), inputs()
+    with torch.no_grad():
+        assert torch.allclose(model(x[:, :2], t[:, :2], a[:, :2]), model(x, t, a)[:, :2], atol=1e-5)
+
+
+def test_no_action_is_a_zero_embedding():
+    model, (x, t, _) = tiny(), inputs()
+    with torch.no_grad():
+        assert model(x, t).shape == x.shape
+        assert tiny(action_dim=0)(x, t, None).shape == x.shape
+
+
+@pytest.mark.parametrize('injection', INJECTIONS)
+def test_every_injection_learns_and_listens(injection):
+    """In a world where the next frame is as bright as the action: every action parameter gets a gradient."""
+    model = tiny(randomise=False, injection=injection, action_dim=1, depth=2, num_frames=3).train()
+    diffusion = Diffusion('x')
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=5e-3)
+    g = torch.Generator().manual_seed(0)
+    t = torch.full((32, 3), 999)
+
+    def world():
+        action = torch.rand(32, 3, 1, generator=g) * 2 - 1
+        x0 = torch.cat([torch.zeros(32, 1, 1), action[:, :-1]], dim=1)[..., None, None].expand(-1, -1, 3, 8, 12)
+        return x0, action, torch.randn(x0.shape, generator=g)
+
+    for _ in range(60):
+        x0, action, noise = world()
+        optimizer.zero_grad()
+        diffusion.loss(model, x0, action, t, noise).backward()
+        optimizer.step()
+    for name, p in model.named_parameters():
+        grad = p.grad
+        if not any(part in name for part in ('action', 'film', 'cross')):
+            continue
+        if 'blocks.0.cross_attn.q.' in name:
+            assert not p.requires_grad  # a spatial block's query faces one action only
+            continue
+        if 'cross_attn.kv' in name:  # the same holds for its key; and a bias shared by all keys moves no softmax
+            grad = grad[32:] if 'blocks.0' in name or 'bias' in name else grad
+        assert (grad != 0).float().mean() > 0.99, name
+    with torch.no_grad():
+        x0, action, noise = world()
+        right = diffusion.loss(model, x0, action, t, noise)
+        wrong = diffusion.loss(model, x0, action.roll(1, 0), t, noise)
+    assert right < 0.5 * wrong
+
+
+def test_flops_are_those_of_the_matmuls():
+    from torch.utils.flop_counter import FlopCounterMode
+    for injection in INJECTIONS:
+        model, (x, t, a) = tiny(causal=False, injection=injection), inputs()
+        with FlopCounterMode(display=False) as counter, torch.no_grad(), \
+                torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+            model(x, t, a)
+        assert abs(model.flops() * 2 / counter.get_total_flops() - 1) < 0.05, injection
+
+
+def test_saved_and_loaded_model_is_the_same(tmp_path):
+    model, path = tiny(injection='film'), str(tmp_path / 'm.safetensors')
+    save_checkpoint(path, {**model.state_dict(), 'train.x': torch.zeros(3)}, model.config, step=7)
+    loaded, meta = load_model(path)
+    assert meta == {'step': 7} and loaded.config == model.config
+    with torch.no_grad():
+        assert torch.equal(loaded(*inputs()), model(*inputs()))
+
+
+def test_a_write_that_fails_leaves_the_old_checkpoint(tmp_path, monkeypatch):
+    model, path = tiny(), str(tmp_path / 'm.safetensors')
+    save_checkpoint(path, model.state_dict(), model.config, step=1)
+
+    def half(state, tmp, metadata):
+        with open(tmp, 'wb') as f:
+            f.write(b'half a file')
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(model_module, 'save_file', half)
+    with pytest.raises(KeyboardInterrupt):
+        save_checkpoint(path, model.state_dict(), model.config, step=2)
+    assert load_model(path)[1]['step'] == 1
+
+
+def test_unusable_checkpoints_say_why(tmp_path):
+    path = str(tmp_path / 'm.safetensors')
+    with pytest.raises(FileNotFoundError, match='no checkpoint at'):
+        load_model(path)
+    model = tiny()
+    state = model.state_dict()
+    state.pop('pos_embed')
+    save_checkpoint(path, {**state, 'extra': torch.zeros(1)}, model.config)
+    with pytest.raises(ValueError, match=r'extra is \(1,\), not expected; pos_embed is missing, not \(1, 24, 32\)'):
+        load_model(path)
+    with open(path, 'r+b') as f:
+        f.truncate(5000)
+    with pytest.raises(ValueError, match='not a readable safetensors file'):
+        read_checkpoint(path)

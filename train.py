@@ -1,0 +1,340 @@
+"""Train a world model with diffusion forcing, on one CPU or GPU or on many processes.
+
+    python train.py config/wall.py                                      # minutes on a laptop
+    python train.py config/wall.py --pred_name=v --injection=film       # change anything
+    python train.py config/wall.py --resume=True                        # go on where it stopped
+    torchrun --nproc_per_node=8 train.py config/pusht_tiny.py           # 8 GPUs
+
+Leaves in out_dir: latest.safetensors (replaced atomically), step_*.safetensors (kept), config.json, log.jsonl,
+dream_*.png, and TensorBoard events if it is installed.
+"""
+import contextlib
+import copy
+import json
+import math
+import os
+import signal
+import sys
+import time
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from PIL import Image
+from torch.nn.parallel import DistributedDataParallel as DDP
+from tqdm import tqdm
+
+from configurator import configure
+from data import Clips, to_model
+from diffusion import Diffusion
+from model import SIZES, NanoWM, NanoWMConfig, load_weights, read_checkpoint, save_checkpoint
+from sample import contact_sheet, dream, pick_device, to_pixels
+
+# settings ---------------------------------------------------------------------
+# run
+out_dir = 'out/wall'
+resume = False  # go on from out_dir/latest.safetensors
+seed = 3407
+device = ''  # cpu, cuda, mps; '' is the best there is
+dtype = ''  # fp32, bf16 or fp16 autocast; '' is bf16 on CUDA, else fp32
+compile = False  # torch.compile the model
+# data
+dataset = 'data/wall'  # made by data.py
+num_frames = 4  # frames per clip, and the model's window
+context_frames = 1  # how many of them are given when it dreams
+frame_interval = 1  # keep every k-th frame; the k actions between are concatenated
+normalize_action = False  # by the training split's mean and std
+# model
+model_size = ''  # S, B, L or XL sets hidden_size, depth and num_heads
+patch_size = 8
+hidden_size = 128
+depth = 4
+num_heads = 4
+injection = 'additive'  # additive, adaln, adaln_fuse, film or cross_attention
+causal = True
+# diffusion
+pred_name = 'v'  # epsilon, x, v or flow
+noise_schedule: str = None  # linear or squaredcos_cap_v2; None is the target's native one
+zero_terminal_snr: bool = None  # None is the target's native choice
+snr_gamma = 5.0  # min-SNR loss weight; 0 turns it off
+timestep_sampling = 'logit_normal'  # or uniform
+timestep_mean = 0.0  # of the normal under logit_normal; higher is noisier
+timestep_std = 1.0  # 2.5 or more favours both ends: clean pasts and noisy presents
+timestep_per_clip = False  # one noise level for all frames instead of one each
+# optimisation
+batch_size = 8  # clips per process and micro-step
+grad_accum = 1  # micro-steps per step
+max_steps = 10000
+learning_rate = 1e-4
+min_lr = 0.0  # where the cosine ends
+warmup_steps = 1000
+weight_decay = 0.01
+gradient_clip_norm = 0.1  # 0 turns it off
+gradient_clip_start = 0  # first step that is clipped
+ema_decay = 0.999  # of the weights that validate, dream and are published; 0 turns it off
+# logging
+log_every = 10
+val_every = 1000  # validation loss
+dream_every = 5000  # a picture of held-out dreams
+latest_every = 1000  # replace latest.safetensors
+keep_every = 10000  # and keep a numbered one
+num_val_clips = 64
+sample_steps = 50  # DDIM steps per dreamed frame
+wandb = False  # log to Weights & Biases too
+wandb_project = 'nanowm'
+# ------------------------------------------------------------------------------
+config = configure(globals())
+
+# setup: who am I, on what device
+rank, local_rank, world_size = (int(os.environ.get(k, d)) for k, d in
+                                (('RANK', 0), ('LOCAL_RANK', 0), ('WORLD_SIZE', 1)))
+master = rank == 0
+device = device or pick_device()
+if device == 'cuda':
+    device = f'cuda:{local_rank}'
+    torch.cuda.set_device(device)
+kind = device.split(':')[0]
+if world_size > 1:
+    dist.init_process_group('nccl' if kind == 'cuda' else 'gloo')
+dtype = dtype or ('bf16' if kind == 'cuda' else 'fp32')
+if dtype not in ('fp32', 'bf16', 'fp16'):
+    sys.exit(f'dtype={dtype!r}: expected fp32, bf16 or fp16')
+autocast_dtype = {'fp32': torch.float32, 'bf16': torch.bfloat16, 'fp16': torch.float16}[dtype]
+autocast = torch.autocast(kind, autocast_dtype) if dtype != 'fp32' else contextlib.nullcontext()
+torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+torch.manual_seed(seed)
+
+# data
+train_clips, val_clips = (Clips(dataset, split, num_frames, frame_interval, normalize_action)
+                          for split in ('train', 'val'))
+channels, height, width = train_clips.frames.shape[1:]
+
+# model
+if model_size and model_size not in SIZES:
+    sys.exit(f'model_size={model_size!r}: expected one of {", ".join(SIZES)}')
+size = SIZES.get(model_size, dict(hidden_size=hidden_size, depth=depth, num_heads=num_heads))
+try:
+    model = NanoWM(NanoWMConfig(input_size=(height, width), patch_size=patch_size, in_channels=channels,
+                                num_frames=num_frames, action_dim=train_clips.action_dim, injection=injection,
+                                causal=causal, **size)).to(device)
+    diffusion = Diffusion(pred_name, noise_schedule, zero_terminal_snr, snr_gamma=snr_gamma).to(device)
+except ValueError as e:
+    sys.exit(str(e))
+ema = copy.deepcopy(model).eval().requires_grad_(False) if ema_decay else model
+weights = [p for p in model.parameters() if p.requires_grad]
+ema_weights = [e for e, p in zip(ema.parameters(), model.parameters(), strict=True) if p.requires_grad]
+optimizer = torch.optim.AdamW(weights, lr=learning_rate, weight_decay=weight_decay, fused=kind != 'mps')
+scaler = torch.amp.GradScaler(kind, enabled=dtype == 'fp16')
+
+# checkpoints: the weights to use under their own names, and what training needs to go on under "train."
+latest = os.path.join(out_dir, 'latest.safetensors')
+
+
+def save(path):
+    state = dict(ema.state_dict())
+    if ema_decay:
+        state |= {f'train.model.{k}': v for k, v in model.state_dict().items()}
+    state |= {f'train.adam.{i}.{k}': v for i, s in optimizer.state_dict()['state'].items() for k, v in s.items()}
+    save_checkpoint(path, state, model.config, step=step, train=config, scaler=scaler.state_dict())
+
+
+step = 0  # finished optimiser steps
+if resume:
+    try:
+        state, _, meta = read_checkpoint(latest)
+        extra = read_checkpoint(latest, prefix='train.', skip='')[0]
+        load_weights(ema, state, latest)
+        if ema_decay:
+            load_weights(model, {k[6:]: v for k, v in extra.items() if k.startswith('model.')} or state, latest)
+    except (FileNotFoundError, ValueError) as e:
+        sys.exit(str(e))
+    adam = {}
+    for k, v in extra.items():
+        if k.startswith('adam.'):
+            _, i, name = k.split('.')
+            adam.setdefault(int(i), {})[name] = v
+    optimizer.load_state_dict({'state': adam, 'param_groups': optimizer.state_dict()['param_groups']})
+    scaler.load_state_dict(meta['scaler'])
+    step = meta['step']
+elif os.path.exists(latest):
+    sys.exit(f'{latest} is there already: add --resume=True to go on, or choose another --out_dir')
+
+net = torch.compile(model) if compile else model
+if world_size > 1:
+    net = DDP(net, device_ids=[local_rank] if kind == 'cuda' else None)
+
+# logging
+log_path, board, run = os.path.join(out_dir, 'log.jsonl'), None, None
+if master:
+    os.makedirs(out_dir, exist_ok=True)
+    with open(os.path.join(out_dir, 'config.json'), 'w') as f:
+        json.dump(config, f, indent=1)
+    lines = open(log_path).readlines() if resume and os.path.exists(log_path) else []
+    with open(log_path, 'w') as f:  # what was logged after the checkpoint will be logged again
+        f.writelines(line for line in lines if line.endswith('\n') and json.loads(line)['step'] <= step)
+    with contextlib.suppress(ImportError):
+        from torch.utils.tensorboard import SummaryWriter
+        board = SummaryWriter(os.path.join(out_dir, 'tb'), purge_step=step + 1)
+    if wandb:
+        try:
+            import wandb as wb
+        except ImportError:
+            sys.exit('--wandb=True needs it: pip install wandb')
+        run = wb.init(project=wandb_project, name=os.path.basename(out_dir), config=config, resume='allow')
+
+
+def log(**values):
+    if master:
+        with open(log_path, 'a') as f:
+            f.write(json.dumps({'step': step, **values}) + '\n')
+        for k, v in values.items():
+            board and board.add_scalar(k, v, step)
+        run and run.log(values, step=step)
+
+
+def matmul_rate(n=2048):
+    """FLOP/s of a large matmul in the training dtype, the yardstick of the MFU shown."""
+    a = torch.randn(n, n, device=device, dtype=autocast_dtype)
+    best = 0
+    for _ in range(6):
+        start = time.perf_counter()
+        (a @ a)[0, 0].item()
+        best = max(best, 2 * n ** 3 / (time.perf_counter() - start))
+    return best
+
+
+def lr_at(n):
+    """Linear warm-up, then a cosine down to min_lr at max_steps."""
+    if n < warmup_steps:
+        return learning_rate * (n + 1) / warmup_steps
+    progress = (n - warmup_steps) / max(1, max_steps - warmup_steps)
+    return min_lr + (learning_rate - min_lr) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def batches(n):
+    """This process's share of step n: a list of (frames, action, t, noise), one per micro-step.
+
+    All randomness of a step comes from (seed, n) and is drawn for the global batch, so a resumed run repeats the
+    uninterrupted one, and N processes draw what one would.
+    """
+    total = batch_size * grad_accum * world_size
+    clips = np.random.default_rng([seed, n]).integers(len(train_clips), size=total)
+    generator = torch.Generator(device).manual_seed(seed * 1_000_003 + n)
+    t = diffusion.sample_timesteps((total, num_frames), timestep_sampling, timestep_mean, timestep_std,
+                                   timestep_per_clip, generator)
+    noise = torch.randn(total, num_frames, channels, height, width, device=device, generator=generator)
+    mine = [slice(i * batch_size, (i + 1) * batch_size) for i in range(rank * grad_accum, (rank + 1) * grad_accum)]
+    for part in mine:
+        frames, action = train_clips.batch(clips[part])
+        yield to_model(frames, device), action.to(device, non_blocking=True), t[part], noise[part]
+
+
+val_frames, val_action = val_clips.batch(val_clips.fixed(num_val_clips))
+
+
+@torch.no_grad()
+def validation_loss():
+    """Loss of the EMA weights on fixed clips, timesteps and noise."""
+    generator = torch.Generator(device).manual_seed(seed)
+    total = 0.0
+    for frames, action in zip(val_frames.split(batch_size), val_action.split(batch_size), strict=True):
+        x0 = to_model(frames, device)
+        t = diffusion.sample_timesteps(x0.shape[:2], timestep_sampling, timestep_mean, timestep_std, timestep_per_clip,
+                                       generator)
+        noise = torch.randn(x0.shape, device=device, generator=generator)
+        with autocast:
+            total += diffusion.loss(ema, x0, action.to(device), t, noise).item() * len(x0)
+    return total / len(val_frames)
+
+
+def dream_picture():
+    """Held-out clips, truth above dream, as a picture."""
+    x0, action = to_model(val_frames[:8], device), val_action[:8].to(device)
+    with autocast:
+        dreamed = dream(ema, diffusion, x0, action, context_frames, sample_steps)
+    sheet = contact_sheet({'truth': to_pixels(x0), 'dream': to_pixels(dreamed)})
+    Image.fromarray(sheet).save(os.path.join(out_dir, f'dream_{step:07d}.png'))
+    board and board.add_image('dream', sheet, step, dataformats='HWC')
+
+
+# SIGTERM and Ctrl-C finish the step, save, and leave; several processes agree on it when they next log
+asked, stop = 0, False
+
+
+def on_signal(signum, frame):
+    global asked
+    asked = signum
+
+
+signal.signal(signal.SIGTERM, on_signal)
+signal.signal(signal.SIGINT, on_signal)
+
+# the loop
+flops = 3 * model.flops() * batch_size * grad_accum
+if master:
+    rate = matmul_rate()
+    print(f'{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {len(train_clips):,} clips, '
+          f'{flops * world_size / 1e9:.1f} GFLOP a step, {device} {dtype} at {rate / 1e12:.2f} TFLOP/s')
+bar = tqdm(total=max_steps, initial=step, disable=not master, desc=out_dir, unit='step', dynamic_ncols=True)
+loss_sum, norm_sum = (torch.zeros((), device=device) for _ in range(2))
+clock, since = time.perf_counter(), step
+while step < max_steps and not stop:
+    lr = lr_at(step)
+    for group in optimizer.param_groups:
+        group['lr'] = lr
+    for micro, (x0, action, t, noise) in enumerate(batches(step)):
+        last = micro == grad_accum - 1
+        with contextlib.nullcontext() if last or world_size == 1 else net.no_sync():
+            with autocast:
+                loss = diffusion.loss(net, x0, action, t, noise) / grad_accum
+            scaler.scale(loss).backward()
+            loss_sum += loss.detach()
+    scaler.unscale_(optimizer)
+    clip = gradient_clip_norm if gradient_clip_norm and step >= gradient_clip_start else float('inf')
+    norm_sum += torch.nn.utils.clip_grad_norm_(weights, clip)
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad(set_to_none=True)
+    if ema_decay:  # a short average at first, so that it does not remember the initialisation
+        torch._foreach_lerp_(ema_weights, weights, 1 - min(ema_decay, (1 + step) / (10 + step)))
+    step += 1
+
+    # everything below happens now and then; reading a number here is the only wait for the device
+    due = {name: step % every == 0 or step == max_steps for name, every in
+           (('log', log_every), ('val', val_every), ('dream', dream_every), ('latest', latest_every),
+            ('keep', keep_every))}
+    if any(due.values()) or (asked and world_size == 1):
+        sums = torch.stack([loss_sum, norm_sum, torch.tensor(float(asked), device=device)])
+        if world_size > 1:
+            dist.all_reduce(sums)
+        loss_mean, norm, stop = (sums / (world_size * (step - since))).tolist()
+        if not math.isfinite(loss_mean) or not (math.isfinite(norm) or scaler.is_enabled()):
+            bar.close()
+            sys.exit(f'step {step}: the loss is {loss_mean} and its gradient {norm}; stopped before saving, '
+                     f'{latest} holds the last good step; try a lower learning_rate or --dtype=fp32')
+        seconds = time.perf_counter() - clock
+        clips_per_s = batch_size * grad_accum * world_size * (step - since) / seconds
+        loss_sum.zero_(), norm_sum.zero_()
+        if master:
+            mfu = flops * (step - since) / seconds / rate
+            log(loss=loss_mean, grad_norm=norm, lr=lr, clips_per_s=clips_per_s, mfu=mfu)
+            bar.set_postfix(loss=f'{loss_mean:.4f}', clips_s=f'{clips_per_s:.0f}', mfu=f'{mfu:.0%}')
+            bar.update(step - bar.n)
+            if due['val']:
+                log(val_loss=validation_loss())
+            if due['dream']:
+                dream_picture()
+            if due['latest'] or due['keep'] or stop:
+                save(latest)
+            if due['keep']:
+                save(os.path.join(out_dir, f'step_{step:07d}.safetensors'))
+        clock, since = time.perf_counter(), step
+bar.close()
+if board:
+    board.close()
+if world_size > 1:
+    dist.destroy_process_group()
+if stop:
+    if master:
+        print(f'interrupted at step {step}, saved to {latest}; go on with --resume=True')
+    sys.exit(128 + (asked or signal.SIGTERM))
