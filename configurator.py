@@ -9,6 +9,7 @@ key, where it came from and the cure.
 """
 import ast
 import difflib
+import glob
 import os
 import re
 import runpy
@@ -38,9 +39,11 @@ def configure(namespace, argv=None):
             near = difflib.get_close_matches(key, keys, n=1, cutoff=0)[0]
             sys.exit(f'{source}: unknown key {key!r}; did you mean {near!r}? (--help lists them all)')
         kind, given = keys[key], value
-        if parse and kind != 'str':
+        if parse and value.lower() == 'none' and namespace[key] is None:
+            value = None
+        elif parse and kind != 'str':
             try:
-                value = ast.literal_eval(value.capitalize() if value.lower() in ('true', 'false', 'none') else value)
+                value = ast.literal_eval(value.capitalize() if value.lower() in ('true', 'false') else value)
             except (ValueError, SyntaxError):
                 pass
         if kind == 'float' and type(value) is int:
@@ -55,7 +58,7 @@ def configure(namespace, argv=None):
             put(m[1], m[2], 'command line', parse=True)
         elif arg.endswith('.py'):
             if not os.path.exists(arg):
-                sys.exit(f'{arg}: no such config file; config/ holds {", ".join(sorted(os.listdir("config")))}')
+                sys.exit(f'{arg}: no such config file; there are {", ".join(sorted(glob.glob("config/*.py")))}')
             try:
                 settings = runpy.run_path(arg)
             except Exception as e:

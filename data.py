@@ -27,11 +27,13 @@ FILES = ('frames', 'actions', 'episodes')
 class Clips:
     """Clips of `num_frames` frames, `frame_interval` apart, that never cross an episode.
 
-    The actions between two kept frames are concatenated, so a clip's action is [F, frame_interval * A]; with
-    `normalize` they are standardised by the training split's mean and std. len() counts every possible start.
+    The actions between two kept frames are concatenated, so a clip's action is [F, frame_interval * A]. `normalize`
+    standardises each of the A numbers: True by the training split's (mean, std), or give a pair, as a checkpoint does.
+    len() counts every possible start.
     """
 
     def __init__(self, root, split, num_frames, frame_interval=1, normalize=False):
+        root = os.path.normpath(root)
         folder = os.path.join(root, split)
         try:
             self.frames, self.actions, self.episodes = (
@@ -43,8 +45,12 @@ class Clips:
             raise SystemExit(f'no prepared dataset at {folder} ({e}): make it with python data.py {name}') from e
         self.num_frames, self.interval = num_frames, frame_interval
         self.action_dim = frame_interval * self.actions.shape[1]
-        scale = (self.meta['action_mean'], self.meta['action_std']) if normalize else (0.0, 1.0)
-        self.mean, self.std = (np.float32(s) for s in scale)
+        if normalize is True:
+            if not {'action_mean', 'action_std'} <= self.meta.keys():
+                raise SystemExit(f'{root}/meta.json: normalising needs action_mean and action_std, A numbers each')
+            normalize = self.meta['action_mean'], self.meta['action_std']
+        self.mean, self.std = (np.float32(s) for s in normalize or (0, 1))
+        self.std = np.where(self.std == 0, np.float32(1), self.std)  # a number that never changes
         # a clip is numbered by its start; episodes too short for one have none
         starts = np.diff(self.episodes) - (num_frames - 1) * frame_interval
         self.cumulative = np.concatenate([[0], np.cumsum(np.maximum(starts, 0))])
@@ -55,18 +61,16 @@ class Clips:
     def __len__(self):
         return int(self.cumulative[-1])
 
-    def rows(self, clips):
-        """First row and episode end of clips, each int64 [B]."""
-        episode = np.searchsorted(self.cumulative, clips, side='right') - 1
-        return self.episodes[episode] + clips - self.cumulative[episode], self.episodes[episode + 1]
-
     def batch(self, clips):
         """Clips by number [B] -> frames [B,F,C,H,W] as stored, action float32 [B,F,frame_interval*A]."""
-        first, end = self.rows(np.asarray(clips))
+        clips = np.asarray(clips)
+        episode = np.searchsorted(self.cumulative, clips, side='right') - 1
+        first = self.episodes[episode] + clips - self.cumulative[episode]
         rows = first[:, None] + np.arange(self.num_frames * self.interval)
         frames = self.frames[rows[:, ::self.interval]]
         # rows past the end of the episode belong to the last frame's action, which no frame of the clip depends on
-        actions = (self.actions[np.minimum(rows, end[:, None] - 1)] - self.mean) / self.std
+        rows = np.minimum(rows, self.episodes[episode + 1][:, None] - 1)
+        actions = (self.actions[rows] - self.mean) / self.std
         return torch.from_numpy(frames), torch.from_numpy(actions.reshape(len(rows), self.num_frames, -1))
 
     def fixed(self, count, seed=42):
@@ -76,6 +80,8 @@ class Clips:
 
 def to_model(frames, device='cpu'):
     """Stored frames on `device` as float32: uint8 pixels become [-1, 1], latents stay as they are."""
+    if torch.device(device).type == 'cuda':
+        frames = frames.pin_memory()  # only such a copy runs beside the computation
     frames = frames.to(device, non_blocking=True)
     return frames.float() / 127.5 - 1 if frames.dtype == torch.uint8 else frames.float()
 
@@ -88,7 +94,7 @@ def collect_episode(job):
     world, folder, row, steps, size, seed = job
     if world not in worlds:
         worlds[world] = envs.WORLDS[world]()
-    env, rng = worlds[world], np.random.default_rng(seed)
+    env, rng = worlds[world], np.random.default_rng([seed, 1])  # not reset's own stream
     frames, actions = (np.load(os.path.join(folder, f'{name}.npy'), mmap_mode='r+') for name in FILES[:2])
     env.reset(seed)
     contacts = 0
@@ -122,7 +128,7 @@ def collect(world, root, episodes, size, seed, workers):
                              desc=f'collecting {world}'))
     actions = np.load(f'{partial}/train/actions.npy', mmap_mode='r')
     meta = dict(name=world, episodes=episodes, steps_per_episode=steps, image_size=size, seed=seed,
-                action_mean=float(actions.mean()), action_std=float(actions.std()),
+                action_mean=actions.mean(axis=0).tolist(), action_std=actions.std(axis=0).tolist(),
                 contact_share=sum(contacts) / (episodes * steps))
     with open(f'{partial}/meta.json', 'w') as f:
         json.dump(meta, f, indent=1)
@@ -146,7 +152,9 @@ if __name__ == '__main__':
     configure(globals())
     if world not in envs.WORLDS:
         sys.exit(f'{world!r}: unknown dataset; expected {" or ".join(envs.WORLDS)}')
-    root = root or f'data/{world}'
+    if episodes < 2 or workers < 1:
+        sys.exit(f'episodes={episodes}, workers={workers}: expected 2 (one is for validation) and 1, or more')
+    root = os.path.normpath(root or f'data/{world}')
     if os.path.exists(root):
         sys.exit(f'{root} is there already; delete it to collect again, or choose another --root')
     collect(world, root, episodes, image_size or {'wall': 32, 'pusht': 64}[world], seed, workers)

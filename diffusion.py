@@ -46,6 +46,8 @@ def schedule_matrix(schedule, num_frames, num_context, num_steps, num_timesteps=
     """
     if schedule not in SCHEDULES:
         raise ValueError(f'schedule={schedule!r}: expected one of {", ".join(SCHEDULES)}')
+    if num_steps < 1:
+        raise ValueError(f'num_steps={num_steps}: expected 1 or more')
     grid = torch.linspace(-1, num_timesteps - 1, num_steps + 1, dtype=torch.float64).long().flip(0)
     delay = {'full_sequence': 0, 'pyramid': 1, 'sequential': num_steps}[schedule]
     delays = delay * torch.arange(num_frames - num_context)
@@ -165,7 +167,7 @@ class Diffusion(nn.Module):
         """Dream: continue context [B,K,C,H,W] to num_frames frames under action [B,num_frames,A] (or None).
 
         Frames beyond the model's window slide it: the last `history` frames (default: all but one of the window)
-        become the context of one new frame. Known frames are shown slightly noised, to timestep
+        become the context of one new frame, whatever the schedule. Known frames are shown slightly noised, to timestep
         round(stabilization * (T-1)), so that small errors of the dream look like noise to the model.
         noise, context_noise: like the output, drawn when not given (context_noise may cover the context only).
         progress: called once per network evaluation. Returns [B,num_frames,C,H,W], the context untouched.
@@ -175,6 +177,8 @@ class Diffusion(nn.Module):
         history = history or window - 1
         if not 1 <= history < window:
             raise ValueError(f'history={history}: expected 1 to {window - 1}, as the model sees {window} frames')
+        if not 0 <= stabilization <= 1:
+            raise ValueError(f'stabilization={stabilization}: expected 0 to 1, a share of the timesteps')
         x = torch.randn(B, num_frames, *context.shape[2:], device=context.device) if noise is None else noise.clone()
         fixed = torch.randn_like(x)  # a frame that became context is noised once, always with the same noise
         if context_noise is not None:
@@ -185,7 +189,7 @@ class Diffusion(nn.Module):
             end = min(window, num_frames) if K < window else K + 1
             frames, known = slice(start, end), K - start
             x[:, K:end] = self._denoise(
-                model, x[:, frames], fixed[:, frames], action if action is None else action[:, frames], known,
+                model, x[:, frames].clone(), fixed[:, frames], action if action is None else action[:, frames], known,
                 schedule_matrix(schedule, end - start, known, num_steps, self.num_timesteps), stabilization, eta,
                 progress)[:, known:]
             K = end
@@ -193,16 +197,18 @@ class Diffusion(nn.Module):
 
     def _denoise(self, model, x, fixed, action, known, matrix, stabilization, eta, progress):
         """Denoise the frames of one window after its first `known`, following the rows of a schedule matrix."""
-        matrix = matrix.to(x.device)
         level = round(stabilization * (self.num_timesteps - 1)) if stabilization else -1
-        x = torch.cat([self.add_noise(x[:, :known], matrix.new_full((1, known), level), fixed[:, :known]),
-                       x[:, known:]], dim=1)
+        # frames after the last that moves in a step cannot matter to it if nobody sees the future: leave them out
+        ends = [int((t != s).nonzero().max()) + 1 if model.config.causal else x.shape[1]
+                for t, s in zip(matrix, matrix[1:], strict=False)]
+        matrix = matrix.to(x.device)
         shown = matrix.clone()
         shown[:, :known] = level
-        for i in range(len(matrix) - 1):
-            t, s = matrix[i:i + 1], matrix[i + 1:i + 2]
-            out = model(x, shown[i:i + 1].expand(len(x), -1), action).float()
-            x = self.step(x, t, s, out, eta, torch.randn_like(x) if eta else None)
+        x[:, :known] = self.add_noise(x[:, :known], shown[:1, :known], fixed[:, :known])
+        for i, n in enumerate(ends):
+            t, s, part = matrix[i:i + 1, :n], matrix[i + 1:i + 2, :n], x[:, :n]
+            out = model(part, shown[i:i + 1, :n].expand(len(x), -1), action if action is None else action[:, :n])
+            x[:, :n] = self.step(part, t, s, out.float(), eta, torch.randn_like(part) if eta else None)
             if progress:
                 progress()
         return x

@@ -8,7 +8,10 @@ Both have one small interface:
     get_state() / set_state(state)      float64 vector that holds everything: what follows depends on it alone
     explore(rng)            the scripted policy's next action
 """
+import os
+
 import numpy as np
+from PIL import Image
 
 EPISODE_STEPS = {'wall': 60, 'pusht': 200}
 
@@ -84,7 +87,6 @@ class PushT:
     """
 
     def __init__(self):
-        import os
         os.environ.setdefault('SDL_VIDEODRIVER', 'dummy')
         os.environ.setdefault('PYGAME_HIDE_SUPPORT_PROMPT', '1')
         try:
@@ -121,7 +123,6 @@ class PushT:
         return self.env.n_contact_points > 0
 
     def render(self, size):
-        from PIL import Image
         frame = Image.fromarray(self.env._render()).resize((size, size), Image.BOX)  # every pixel of 512x512 counts
         return np.ascontiguousarray(np.asarray(frame).transpose(2, 0, 1))
 

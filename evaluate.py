@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
-from data import Clips, to_model
-from sample import dream, load_run
+from data import to_model
+from sample import dream, held_out, load_run
 
 MAX_PSNR = 58.92  # 10 log10(12 * 255^2): the error of rounding to 8 bits; an identical frame scores this, not infinity
 
@@ -56,7 +56,7 @@ def evaluate(model, diffusion, clips, numbers, num_context, num_steps, batch_siz
     device = model.pos_embed.device
     frames, action = clips.batch(numbers)
     scores = {f'{who}{metric}': [] for who in ('', 'copy_', 'wrong_') for metric in ('psnr', 'ssim')}
-    unit = lambda x: (x[:, num_context:].clamp(-1, 1) + 1) / 2  # noqa: E731
+    unit = lambda x: (x[:, num_context:].clamp(-1, 1) + 1).cpu() / 2  # noqa: E731
     with tqdm(total=2 * len(frames), desc='evaluating', unit='rollout') as bar:
         for i in range(0, len(frames), batch_size):
             part = slice(i, i + batch_size)
@@ -68,7 +68,7 @@ def evaluate(model, diffusion, clips, numbers, num_context, num_steps, batch_siz
                 bar.update(len(x0))
             for who, x in predictions.items():
                 for name, metric in (('psnr', psnr), ('ssim', ssim)):
-                    scores[who + name].append(metric(unit(x), unit(x0)).cpu())
+                    scores[who + name].append(metric(unit(x), unit(x0)))
     return {k: torch.cat(v) for k, v in scores.items()}
 
 
@@ -118,9 +118,12 @@ if __name__ == '__main__':
     model, diffusion, cfg = load_run(ckpt, device)
     num_frames, context_frames = num_frames or cfg['num_frames'], context_frames or cfg['context_frames']
     num_steps = num_steps or cfg['sample_steps']
+    if num_clips < 2 or num_steps < 1 or batch_size < 1:
+        sys.exit('expected num_clips of 2 or more (wrong actions are those of another clip), num_steps and batch_size '
+                 'of 1 or more')
     if num_frames <= context_frames:
         sys.exit(f'num_frames={num_frames} must be more than context_frames={context_frames}')
-    clips = Clips(dataset or cfg['dataset'], 'val', num_frames, cfg['frame_interval'], cfg['normalize_action'])
+    clips = held_out(model, cfg, num_frames, dataset)
     scores = evaluate(model, diffusion, clips, clips.fixed(num_clips, seed), context_frames, num_steps, batch_size)
 
     metrics = {k: v.mean().item() for k, v in scores.items()}
@@ -137,4 +140,4 @@ if __name__ == '__main__':
           f'frames given, {num_steps} steps a frame, {metrics["seconds"]:.0f} s')
     for label, key in labels.items():
         print(f'{label:14} {metrics[key]:7.2f} {metrics[key.replace("psnr", "ssim")]:7.4f}')
-    print(f'{out_dir}/metrics.json, metrics.png')
+    print(f'{os.path.join(out_dir, "metrics.json")} and metrics.png')

@@ -78,6 +78,13 @@ def modulate(x, shift, scale):
 
 # -----------------------------------------------------------------------------
 
+class RMSNorm(nn.RMSNorm):
+    """Stays in the dtype of its input under autocast, where the fused kernel wants its weight too."""
+
+    def forward(self, x):
+        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+
+
 class Attention(nn.Module):
     """Self-attention over the patches of a frame (spatial) or over the frames of a patch position (temporal)."""
 
@@ -85,8 +92,8 @@ class Attention(nn.Module):
         super().__init__()
         self.num_heads = num_heads
         self.qkv = nn.Linear(dim, 3 * dim)
-        self.q_norm = nn.RMSNorm(dim // num_heads, eps=1e-6)
-        self.k_norm = nn.RMSNorm(dim // num_heads, eps=1e-6)
+        self.q_norm = RMSNorm(dim // num_heads, eps=1e-6)
+        self.k_norm = RMSNorm(dim // num_heads, eps=1e-6)
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x, rope, temporal, causal):
@@ -94,9 +101,11 @@ class Attention(nn.Module):
         qkv = self.qkv(x).view(B, N, P, 3, self.num_heads, -1)
         # the axis attended over goes next to last, everything before the heads is batch
         qkv = qkv.permute(3, 0, 2, 4, 1, 5) if temporal else qkv.permute(3, 0, 1, 4, 2, 5)
+        qkv = qkv.float() if x.device.type == 'cpu' else qkv  # attention on a CPU is slower in bf16
         q, k, v = qkv.flatten(1, 2)  # [B*P, heads, N, d] or [B*N, heads, P, d]
         q, k = rotate(self.q_norm(q), *rope), rotate(self.k_norm(k), *rope)
-        x = F.scaled_dot_product_attention(q.to(v.dtype), k.to(v.dtype), v, is_causal=causal)
+        with torch.autocast('cpu', enabled=False):
+            x = F.scaled_dot_product_attention(q, k, v, is_causal=causal)
         x = x.unflatten(0, (B, -1))
         x = x.permute(0, 3, 1, 2, 4) if temporal else x.permute(0, 1, 3, 2, 4)
         return self.proj(x.reshape(B, N, P, D))
@@ -279,12 +288,11 @@ class NanoWM(nn.Module):
         x = self.final_layer(x, c).view(B, N, rows, cols, p, p, C)
         return x.permute(0, 1, 6, 2, 4, 3, 5).reshape(B, N, C, rows * p, cols * p)
 
-    def flops(self, num_frames=None):
+    def flops(self):
         """Multiply-adds of one clip's forward pass, times two; a training step is three of these."""
-        cfg, N = self.config, num_frames or self.config.num_frames
-        D, P, io = cfg.hidden_size, math.prod(cfg.grid), 2 * cfg.patch_size ** 2 * cfg.in_channels * cfg.hidden_size
+        cfg, N, D, P = self.config, self.config.num_frames, self.config.hidden_size, math.prod(self.config.grid)
         per_frame = sum(2 * p.numel() for name, p in self.named_parameters() if p.ndim == 2 and 'modulation' in name)
-        per_token = 2 * io
+        per_token = 2 * 2 * cfg.patch_size ** 2 * cfg.in_channels * D
         for b in self.blocks:
             keys = P if not b.temporal else (N + 1) / 2 if b.causal else N
             per_token += 2 * 16 * D * D + 4 * D * keys
@@ -305,11 +313,12 @@ def save_checkpoint(path, state, config, **meta):
     save_file(state, tmp, metadata=info)
     with open(tmp, 'rb') as f:
         os.fsync(f.fileno())
+    os.chmod(tmp, 0o644)  # save_file leaves it readable by its owner only
     os.replace(tmp, path)
 
 
-def read_checkpoint(path, prefix='', skip='train.'):
-    """Tensors of a checkpoint whose names start with `prefix` (stripped) and not with `skip`; and its metadata.
+def read_checkpoint(path, train=False):
+    """(state, config, meta) of a checkpoint; its tensors under "train." only if asked for.
 
     `path` is a file or a run folder, which stands for its latest.safetensors.
     Raises FileNotFoundError or ValueError with one line that says what to do.
@@ -321,13 +330,13 @@ def read_checkpoint(path, prefix='', skip='train.'):
     try:
         with safe_open(path, 'pt') as f:
             info = f.metadata() or {}
-            keys = [k for k in f.keys() if k.startswith(prefix) and not (skip and k.startswith(skip))]
-            state = {k[len(prefix):]: f.get_tensor(k) for k in keys}
+            state = {k: f.get_tensor(k) for k in f.keys() if train or not k.startswith('train.')}
     except (SafetensorError, OSError) as e:
         raise ValueError(f'{path} is not a readable safetensors file ({e}); restore it or use another one') from e
-    if 'config' not in info:
-        raise ValueError(f'{path} holds no model config: was it written by train.py?')
-    return state, NanoWMConfig(**json.loads(info['config'])), json.loads(info['meta'])
+    try:
+        return state, NanoWMConfig(**json.loads(info['config'])), json.loads(info['meta'])
+    except (KeyError, TypeError) as e:
+        raise ValueError(f'{path} holds no config of a model ({e}): was it written by train.py?') from e
 
 
 def load_model(path, device='cpu'):

@@ -14,36 +14,55 @@ from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 from data import Clips, to_model
-from diffusion import SCHEDULES, Diffusion
+from diffusion import Diffusion
 from model import load_model
 
 
-def load_run(ckpt, device=None):
-    """(model, diffusion, config) of a checkpoint written by train.py; ends with one line if it cannot be read."""
+def pick_device(name=''):
+    """The device of that name, or the best there is; ends with one line if it is not there."""
+    best = 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
     try:
-        model, meta = load_model(ckpt, device or pick_device())
+        return str(torch.empty(0, device=name or best).device)
+    except (RuntimeError, AssertionError, AttributeError):
+        sys.exit(f'device={name!r} is not available here; try --device={best}')
+
+
+def load_run(ckpt, device=''):
+    """(model, diffusion, settings) of a checkpoint written by train.py; ends with one line if it cannot be read."""
+    device = pick_device(device)
+    try:
+        model, meta = load_model(ckpt, device)
+        cfg = meta['train'] | {'action_scale': meta['action_scale']}
     except (FileNotFoundError, ValueError) as e:
         sys.exit(str(e))
-    cfg = meta['train']
+    except KeyError as e:
+        sys.exit(f'{ckpt} does not say how it was trained ({e} is missing): was it written by train.py?')
     diffusion = Diffusion(cfg['pred_name'], cfg['noise_schedule'], cfg['zero_terminal_snr'], snr_gamma=cfg['snr_gamma'])
-    return model, diffusion.to(model.pos_embed.device), cfg
+    return model, diffusion.to(device), cfg
 
 
-def pick_device():
-    return 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
+def held_out(model, cfg, num_frames, dataset=''):
+    """Validation clips as the run saw them (interval, action scale), from its dataset or another that fits it."""
+    clips = Clips(dataset or cfg['dataset'], 'val', num_frames, cfg['frame_interval'], cfg['action_scale'])
+    want = (model.config.in_channels, *model.config.input_size, model.config.action_dim)
+    if (*clips.frames.shape[1:], clips.action_dim) != want:
+        sys.exit(f'{dataset}: frames {clips.frames.shape[1:]} and {clips.action_dim} action numbers do not fit the '
+                 f'model, which takes {want[:3]} and {want[3]}')
+    return clips
 
 
 def dream(model, diffusion, frames, action, num_context, num_steps, seed=0, progress=False, **options):
     """Continue frames[:, :num_context] under action. frames [B,N,C,H,W] in [-1,1]; returns the same shape.
 
-    The same seed draws the same noise for every batch of this shape, so that two rollouts differ by their actions only.
-    options go to Diffusion.sample.
+    Clip i draws its noise from seed + i, on the CPU: the same in any batch and on any device, so that two rollouts of
+    a clip differ by their actions only. options go to Diffusion.sample.
     """
-    generator = torch.Generator().manual_seed(seed)  # on the CPU: the same on every device
-    draw = lambda: torch.randn(frames.shape, generator=generator).to(frames.device)  # noqa: E731
+    draws = [torch.randn(2, *frames.shape[1:], generator=torch.Generator().manual_seed(seed + i))
+             for i in range(len(frames))]
+    noise, context_noise = torch.stack(draws, dim=1).to(frames.device)
     with tqdm(disable=not progress, desc='dreaming', unit='eval') as bar:
         return diffusion.sample(model, frames[:, :num_context], action, frames.shape[1], num_steps,
-                                noise=draw(), context_noise=draw(), progress=bar.update, **options)
+                                noise=noise, context_noise=context_noise, progress=bar.update, **options)
 
 
 def to_pixels(frames):
@@ -115,32 +134,39 @@ if __name__ == '__main__':
     device = ''  # cpu, cuda, mps; '' is the best there is
     # --------------------------------------------------------------------------
     configure(globals())
-    if schedule not in SCHEDULES:
-        sys.exit(f'schedule={schedule!r}: expected one of {", ".join(SCHEDULES)}')
+    if format not in ('gif', 'mp4') or fps <= 0 or num_clips < 1:
+        sys.exit(f'format={format}, fps={fps}, num_clips={num_clips}: expected gif or mp4, and numbers above 0')
     model, diffusion, cfg = load_run(ckpt, device)
     context_frames = context_frames or cfg['context_frames']
-    num_steps = num_steps or cfg['sample_steps']
     if actions:
-        if not os.path.exists(actions):
-            sys.exit(f'--actions={actions}: no such file')
-        own = np.load(actions, allow_pickle=False).astype(np.float32)
+        try:
+            own = np.load(actions, allow_pickle=False).astype(np.float32)
+        except (OSError, ValueError, EOFError) as e:
+            sys.exit(f'--actions={actions} is not a readable .npy file of floats: {e}')
         A = model.config.action_dim
-        if own.size % A or own.ndim != 2 or A % own.shape[1]:
+        raw = A // cfg['frame_interval']  # numbers per recorded action
+        if own.ndim != 2 or own.shape[1] not in (raw, A) or own.size % A:
             sys.exit(f'--actions={actions} has shape {list(own.shape)}: expected [num_frames, {A}]')
         num_frames = own.size // A
     if num_frames <= context_frames:
         sys.exit(f'num_frames={num_frames} must be more than context_frames={context_frames}')
-    clips = Clips(dataset or cfg['dataset'], 'val', context_frames if actions else num_frames, cfg['frame_interval'],
-                  cfg['normalize_action'])
+    clips = held_out(model, cfg, context_frames if actions else num_frames, dataset)
     frames, action = clips.batch(clips.fixed(num_clips, seed=seed))
     frames = to_model(frames, model.pos_embed.device)
     if actions:
-        action = torch.from_numpy((own - clips.mean) / clips.std).reshape(1, num_frames, A).expand(len(frames), -1, -1)
+        action = torch.from_numpy((own.reshape(-1, raw) - clips.mean) / clips.std).reshape(1, num_frames, A)
+        action = action.expand(len(frames), -1, -1)
         blank = frames.new_zeros(len(frames), num_frames - context_frames, *frames.shape[2:])
         frames = torch.cat([frames, blank], dim=1)
-    dreamed = dream(model, diffusion, frames, action.to(frames.device), context_frames, num_steps, seed, progress=True,
-                    schedule=schedule, stabilization=stabilization, eta=eta, history=history)
+    torch.manual_seed(seed)  # what eta draws on the way
+    try:
+        dreamed = dream(model, diffusion, frames, action.to(frames.device), context_frames,
+                        num_steps or cfg['sample_steps'], seed, progress=True, schedule=schedule,
+                        stabilization=stabilization, eta=eta, history=history)
+    except ValueError as e:
+        sys.exit(str(e))
     rows = {'dream': to_pixels(dreamed)} if actions else {'truth': to_pixels(frames), 'dream': to_pixels(dreamed)}
     out = out or os.path.join(ckpt if os.path.isdir(ckpt) else os.path.dirname(ckpt), f'rollout.{format}')
+    os.makedirs(os.path.dirname(out) or '.', exist_ok=True)
     write_video(out, side_by_side(rows, context_frames), fps)
     print(f'{out}: {len(frames)} clips of {num_frames} frames, {context_frames} of them given')

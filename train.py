@@ -85,15 +85,22 @@ wandb_project = 'nanowm'
 # ------------------------------------------------------------------------------
 config = configure(globals())
 
+for key in ('batch_size', 'grad_accum', 'max_steps', 'num_val_clips', 'sample_steps', 'depth', 'num_heads',
+            'patch_size', 'frame_interval'):
+    if config[key] < 1:
+        sys.exit(f'{key}={config[key]}: expected 1 or more')
+if not 1 <= context_frames < num_frames:
+    sys.exit(f'context_frames={context_frames}: expected 1 to num_frames - 1 = {num_frames - 1}')
+
 # setup: who am I, on what device
 rank, local_rank, world_size = (int(os.environ.get(k, d)) for k, d in
                                 (('RANK', 0), ('LOCAL_RANK', 0), ('WORLD_SIZE', 1)))
 master = rank == 0
-device = device or pick_device()
-if device == 'cuda':
-    device = f'cuda:{local_rank}'
-    torch.cuda.set_device(device)
+device = pick_device(device)
 kind = device.split(':')[0]
+if kind == 'cuda':
+    device = f'cuda:{local_rank}' if world_size > 1 else device
+    torch.cuda.set_device(device)
 if world_size > 1:
     dist.init_process_group('nccl' if kind == 'cuda' else 'gloo')
 dtype = dtype or ('bf16' if kind == 'cuda' else 'fp32')
@@ -118,6 +125,7 @@ try:
                                 num_frames=num_frames, action_dim=train_clips.action_dim, injection=injection,
                                 causal=causal, **size)).to(device)
     diffusion = Diffusion(pred_name, noise_schedule, zero_terminal_snr, snr_gamma=snr_gamma).to(device)
+    diffusion.sample_timesteps((1, 1), timestep_sampling)
 except ValueError as e:
     sys.exit(str(e))
 ema = copy.deepcopy(model).eval().requires_grad_(False) if ema_decay else model
@@ -130,38 +138,41 @@ scaler = torch.amp.GradScaler(kind, enabled=dtype == 'fp16')
 latest = os.path.join(out_dir, 'latest.safetensors')
 
 
-def save(path):
+def save(*paths):
     state = dict(ema.state_dict())
     if ema_decay:
         state |= {f'train.model.{k}': v for k, v in model.state_dict().items()}
     state |= {f'train.adam.{i}.{k}': v for i, s in optimizer.state_dict()['state'].items() for k, v in s.items()}
-    save_checkpoint(path, state, model.config, step=step, train=config, scaler=scaler.state_dict())
+    for path in paths:
+        save_checkpoint(path, state, model.config, step=step, train=config, scaler=scaler.state_dict(),
+                        action_scale=(train_clips.mean.tolist(), train_clips.std.tolist()))
 
 
 step = 0  # finished optimiser steps
 if resume:
     try:
-        state, _, meta = read_checkpoint(latest)
-        extra = read_checkpoint(latest, prefix='train.', skip='')[0]
-        load_weights(ema, state, latest)
-        if ema_decay:
-            load_weights(model, {k[6:]: v for k, v in extra.items() if k.startswith('model.')} or state, latest)
+        state, _, meta = read_checkpoint(latest, train=True)
+        average = {k: v for k, v in state.items() if not k.startswith('train.')}
+        load_weights(ema, average, latest)
+        prefix = 'train.model.'
+        load_weights(model, {k[len(prefix):]: v for k, v in state.items() if k.startswith(prefix)} or average, latest)
     except (FileNotFoundError, ValueError) as e:
         sys.exit(str(e))
     adam = {}
-    for k, v in extra.items():
-        if k.startswith('adam.'):
-            _, i, name = k.split('.')
+    for k, v in state.items():
+        if k.startswith('train.adam.'):
+            i, name = k.split('.')[2:]
             adam.setdefault(int(i), {})[name] = v
     optimizer.load_state_dict({'state': adam, 'param_groups': optimizer.state_dict()['param_groups']})
     scaler.load_state_dict(meta['scaler'])
     step = meta['step']
+    del state, average, adam
 elif os.path.exists(latest):
     sys.exit(f'{latest} is there already: add --resume=True to go on, or choose another --out_dir')
 
 net = torch.compile(model) if compile else model
 if world_size > 1:
-    net = DDP(net, device_ids=[local_rank] if kind == 'cuda' else None)
+    net = DDP(net, device_ids=[local_rank] if kind == 'cuda' else None, broadcast_buffers=False)
 
 # logging
 log_path, board, run = os.path.join(out_dir, 'log.jsonl'), None, None
@@ -180,7 +191,8 @@ if master:
             import wandb as wb
         except ImportError:
             sys.exit('--wandb=True needs it: pip install wandb')
-        run = wb.init(project=wandb_project, name=os.path.basename(out_dir), config=config, resume='allow')
+        name = os.path.basename(os.path.normpath(out_dir))
+        run = wb.init(project=wandb_project, name=name, id=name, config=config, resume='allow')
 
 
 def log(**values):
@@ -296,22 +308,24 @@ while step < max_steps and not stop:
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
     if ema_decay:  # a short average at first, so that it does not remember the initialisation
-        torch._foreach_lerp_(ema_weights, weights, 1 - min(ema_decay, (1 + step) / (10 + step)))
+        with torch.no_grad():
+            torch._foreach_lerp_(ema_weights, weights, 1 - min(ema_decay, (1 + step) / (10 + step)))
     step += 1
 
     # everything below happens now and then; reading a number here is the only wait for the device
-    due = {name: step % every == 0 or step == max_steps for name, every in
+    due = {name: step == max_steps or every > 0 and step % every == 0 for name, every in
            (('log', log_every), ('val', val_every), ('dream', dream_every), ('latest', latest_every),
             ('keep', keep_every))}
     if any(due.values()) or (asked and world_size == 1):
-        sums = torch.stack([loss_sum, norm_sum, torch.tensor(float(asked), device=device)])
+        weight_norm = torch.stack(torch._foreach_norm(weights)).sum().detach()  # of what would be saved
+        sums = torch.stack([loss_sum, norm_sum, weight_norm, torch.tensor(float(asked), device=device)])
         if world_size > 1:
             dist.all_reduce(sums)
-        loss_mean, norm, stop = (sums / (world_size * (step - since))).tolist()
-        if not math.isfinite(loss_mean) or not (math.isfinite(norm) or scaler.is_enabled()):
+        loss_mean, norm, weight_norm, stop = (sums / (world_size * (step - since))).tolist()
+        if not math.isfinite(loss_mean + weight_norm) or not (math.isfinite(norm) or scaler.is_enabled()):
             bar.close()
-            sys.exit(f'step {step}: the loss is {loss_mean} and its gradient {norm}; stopped before saving, '
-                     f'{latest} holds the last good step; try a lower learning_rate or --dtype=fp32')
+            sys.exit(f'step {step}: loss {loss_mean}, gradient {norm}, weights {weight_norm}: not finite, stopped '
+                     f'before saving; {latest} holds the last good step; try a lower learning_rate or fp32')
         seconds = time.perf_counter() - clock
         clips_per_s = batch_size * grad_accum * world_size * (step - since) / seconds
         loss_sum.zero_(), norm_sum.zero_()
@@ -320,21 +334,19 @@ while step < max_steps and not stop:
             log(loss=loss_mean, grad_norm=norm, lr=lr, clips_per_s=clips_per_s, mfu=mfu)
             bar.set_postfix(loss=f'{loss_mean:.4f}', clips_s=f'{clips_per_s:.0f}', mfu=f'{mfu:.0%}')
             bar.update(step - bar.n)
+            if due['latest'] or due['keep'] or stop:
+                save(latest, *([os.path.join(out_dir, f'step_{step:07d}.safetensors')] if due['keep'] else []))
             if due['val']:
                 log(val_loss=validation_loss())
             if due['dream']:
                 dream_picture()
-            if due['latest'] or due['keep'] or stop:
-                save(latest)
-            if due['keep']:
-                save(os.path.join(out_dir, f'step_{step:07d}.safetensors'))
         clock, since = time.perf_counter(), step
 bar.close()
 if board:
     board.close()
 if world_size > 1:
     dist.destroy_process_group()
-if stop:
+if stop and step < max_steps:
     if master:
         print(f'interrupted at step {step}, saved to {latest}; go on with --resume=True')
     sys.exit(128 + (asked or signal.SIGTERM))
