@@ -74,8 +74,7 @@ gradient_clip_start = 0  # first step that is clipped
 ema_decay = 0.999  # of the weights that validate, dream and are published; 0 turns it off
 # logging
 log_every = 10
-val_every = 1000  # validation loss
-dream_every = 5000  # a picture of held-out dreams
+val_every = 1000  # validation loss, and a picture of held-out dreams
 latest_every = 1000  # replace latest.safetensors
 keep_every = 10000  # and keep a numbered one
 num_val_clips = 64
@@ -314,8 +313,7 @@ while step < max_steps and not stop:
 
     # everything below happens now and then; reading a number here is the only wait for the device
     due = {name: step == max_steps or every > 0 and step % every == 0 for name, every in
-           (('log', log_every), ('val', val_every), ('dream', dream_every), ('latest', latest_every),
-            ('keep', keep_every))}
+           (('log', log_every), ('val', val_every), ('latest', latest_every), ('keep', keep_every))}
     if any(due.values()) or (asked and world_size == 1):
         weight_norm = torch.stack(torch._foreach_norm(weights)).sum().detach()  # of what would be saved
         sums = torch.stack([loss_sum, norm_sum, weight_norm, torch.tensor(float(asked), device=device)])
@@ -338,7 +336,6 @@ while step < max_steps and not stop:
                 save(latest, *([os.path.join(out_dir, f'step_{step:07d}.safetensors')] if due['keep'] else []))
             if due['val']:
                 log(val_loss=validation_loss())
-            if due['dream']:
                 dream_picture()
         clock, since = time.perf_counter(), step
 bar.close()

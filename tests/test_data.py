@@ -88,6 +88,12 @@ def test_normalised_actions_have_no_mean_and_unit_variance(wall):
     assert torch.allclose(raw.batch([5])[1], action[5:6] * raw.meta['action_std'] + raw.meta['action_mean'], atol=1e-6)
 
 
+def test_an_action_that_never_changes_is_left_alone(wall):
+    _, action = Clips(wall, 'train', 4, normalize=([0.5, 0.0], [0.0, 1.0])).batch([3])
+    raw = Clips(wall, 'train', 4).batch([3])[1]
+    assert torch.allclose(action, raw - torch.tensor([0.5, 0.0]))
+
+
 def test_fixed_validation_clips_are_fixed(wall):
     clips = Clips(wall, 'val', 4)
     assert (clips.fixed(16) == Clips(wall, 'val', 4).fixed(16)).all() and len(set(clips.fixed(16))) == 16

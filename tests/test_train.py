@@ -83,7 +83,9 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_step(wa
     options = [*TRAIN, f'--dataset={wall}', f'--out_dir={out}', '--max_steps=30', '--latest_every=5', '--log_every=5']
     run(*options, '--max_steps=5')
     before = load_file(os.path.join(out, 'latest.safetensors'))
-    assert 'holds the last good step' in error(*options, '--resume=True', '--learning_rate=1e38')
+    for rate, every in (('1e38', '5'), ('inf', '1')):  # found in a loss, or in weights whose loss was still finite
+        assert 'holds the last good step' in error(*options, '--resume=True', f'--learning_rate={rate}',
+                                                   f'--latest_every={every}', f'--log_every={every}')
     after = load_file(os.path.join(out, 'latest.safetensors'))
     assert all(torch.equal(before[k], after[k]) for k in before)
 
@@ -111,11 +113,27 @@ def test_each_mistake_gets_one_clear_line(wall, trained, tmp_path):
     assert 'expected a config file' in error('train.py', 'wall')
     assert 'python data.py pong' in error('train.py', '--dataset=data/pong', out)
     options = [*TRAIN, f'--dataset={wall}', out]
+    assert 'context_frames=4: expected 1 to num_frames - 1' in error(*options, '--context_frames=4')
+    assert 'batch_size=0: expected 1 or more' in error(*options, '--batch_size=0')
+    assert "timestep_sampling='normal'" in error(*options, '--timestep_sampling=normal')
+    assert "device='tpu' is not available here" in error(*options, '--device=tpu')
     assert "injection='add'" in error(*options, '--injection=add')
     assert 'epsilon needs noise_schedule=linear' in error(*options, '--pred_name=epsilon', '--zero_terminal_snr=true')
     assert 'does not divide into patches' in error(*options, '--patch_size=5')
     assert 'no checkpoint at' in error(*options, '--resume=True')
     assert 'no checkpoint at' in error('sample.py', f'--ckpt={tmp_path}')
+    assert 'history=9: expected 1 to 3' in error('sample.py', f'--ckpt={trained}', '--history=9', f'--out={tmp_path}/a')
+    assert 'expected gif or mp4' in error('sample.py', f'--ckpt={trained}', '--format=avi')
+    assert 'not a readable .npy file' in error('sample.py', f'--ckpt={trained}', f'--actions={config}')
+    for split in ('train', 'val'):
+        (tmp_path / 'big' / split).mkdir(parents=True)
+        for name, array in (('frames', np.zeros((9, 3, 20, 20), np.uint8)), ('actions', np.zeros((9, 2), np.float32)),
+                            ('episodes', np.array([0, 9]))):
+            np.save(tmp_path / 'big' / split / f'{name}.npy', array)
+    (tmp_path / 'big' / 'meta.json').write_text('{}')
+    other = [f'--ckpt={trained}', f'--dataset={tmp_path / "big"}', '--num_frames=4']
+    for script in ('sample.py', 'evaluate.py'):
+        assert 'do not fit the model' in error(script, *other)
     wide = [*TRAIN, f'--dataset={wall}', f'--out_dir={trained}', '--resume=True', '--hidden_size=64']
     assert 'does not fit this model' in error(*wide)
     corrupt = tmp_path / 'corrupt.safetensors'
@@ -155,10 +173,12 @@ def test_sample_writes_a_video_of_any_length(trained, tmp_path):
         assert os.path.getsize(mp4) > 500
 
 
-def test_evaluate_writes_every_metric(trained):
+def test_evaluate_writes_every_metric_whatever_the_batch(trained, tmp_path):
     run('evaluate.py', f'--ckpt={trained}', '--num_clips=6', '--batch_size=4')
-    with open(os.path.join(trained, 'metrics.json')) as f:
-        metrics = json.load(f)
+    run('evaluate.py', f'--ckpt={trained}', '--num_clips=6', '--batch_size=6', f'--out_dir={tmp_path}')
+    with open(os.path.join(trained, 'metrics.json')) as f, open(tmp_path / 'metrics.json') as g:
+        metrics, whole = json.load(f), json.load(g)
+    assert abs(metrics['psnr'] - whole['psnr']) < 1e-3 and abs(metrics['ssim'] - whole['ssim']) < 1e-5
     assert metrics['num_clips'] == 6 and len(metrics['per_frame']['psnr']) == 3
     for key in ('psnr', 'ssim', 'copy_psnr', 'wrong_psnr', 'seconds'):
         assert np.isfinite(metrics[key])
