@@ -1,7 +1,7 @@
 """Prepare a dataset once, then read it memory-mapped.
 
-    python data.py wall                     # collect 2,000 episodes of the wall world into data/wall
-    python data.py pusht --episodes=1000    # the same with the PushT simulator
+    python data.py wall                     # collect episodes of the wall world into data/wall
+    python data.py pusht --image_size=96    # the same with the PushT simulator, larger
 
 A prepared dataset is a folder with meta.json and, for each split, three arrays:
 
@@ -144,7 +144,7 @@ if __name__ == '__main__':
     # settings -----------------------------------------------------------------
     world = 'wall'  # which: wall or pusht
     root = ''  # where to; '' is data/<world>
-    episodes = 2000  # a tenth of them are for validation
+    episodes = 0  # a tenth of them are for validation; 0 is 2000 for wall and 1200 for pusht
     image_size = 0  # pixels, square; 0 is 32 for wall and 64 for pusht
     seed = 0
     workers = os.cpu_count()
@@ -152,9 +152,11 @@ if __name__ == '__main__':
     configure(globals())
     if world not in envs.WORLDS:
         sys.exit(f'{world!r}: unknown dataset; expected {" or ".join(envs.WORLDS)}')
+    defaults = {'wall': (2000, 32), 'pusht': (1200, 64)}[world]
+    episodes, image_size = episodes or defaults[0], image_size or defaults[1]
     if episodes < 2 or workers < 1:
         sys.exit(f'episodes={episodes}, workers={workers}: expected 2 (one is for validation) and 1, or more')
     root = os.path.normpath(root or f'data/{world}')
     if os.path.exists(root):
         sys.exit(f'{root} is there already; delete it to collect again, or choose another --root')
-    collect(world, root, episodes, image_size or {'wall': 32, 'pusht': 64}[world], seed, workers)
+    collect(world, root, episodes, image_size, seed, workers)
