@@ -82,10 +82,9 @@ def test_clips_are_cut_from_one_episode_with_their_own_actions(wall):
 
 
 def test_normalised_actions_have_no_mean_and_unit_variance(wall):
-    _, action = Clips(wall, 'train', 4, normalize=True).batch(np.arange(500))
-    raw = Clips(wall, 'train', 4)
-    assert abs(action.mean()) < 0.3 and 0.6 < action.std() < 1.4
-    assert torch.allclose(raw.batch([5])[1], action[5:6] * raw.meta['action_std'] + raw.meta['action_mean'], atol=1e-6)
+    clips = Clips(wall, 'train', 4, normalize=True)
+    _, action = clips.batch(np.arange(len(clips)))
+    assert action.mean((0, 1)).abs().max() < 0.1 and (action.std((0, 1)) - 1).abs().max() < 0.1
 
 
 def test_an_action_that_never_changes_is_left_alone(wall):
