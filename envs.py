@@ -22,20 +22,21 @@ class Wall:
     Positions are (x, y) in [0, 1], y down. An action is a displacement of at most MAX_STEP along each axis; wall and
     border stop it, x first, then y.
     """
-    RADIUS, HALF_WALL, HALF_DOOR, MAX_STEP = 0.08, 0.04, 0.14, 0.12
+    RADIUS, HALF_WALL, HALF_DOOR, MAX_STEP = 0.1, 0.04, 0.16, 0.14
 
     def reset(self, seed):
         rng = np.random.default_rng(seed)
         self.door = rng.uniform(0.2, 0.8)
         x = rng.uniform(self.RADIUS, 0.5 - self.HALF_WALL - self.RADIUS)
         self.pos = np.array([x if rng.random() < 0.5 else 1 - x, rng.uniform(self.RADIUS, 1 - self.RADIUS)])
-        self.goal = None
+        self.goal, self.blocked = None, False
 
     def get_state(self):
         return np.array([*self.pos, self.door])
 
     def set_state(self, state):
-        self.pos, self.door, self.goal = np.array(state[:2], dtype=np.float64), float(state[2]), None
+        self.pos, self.door = np.array(state[:2], dtype=np.float64), float(state[2])
+        self.goal, self.blocked = None, False
 
     def step(self, action):
         (x, y), r, gap = self.pos, self.RADIUS, self.HALF_DOOR - self.RADIUS
@@ -52,7 +53,8 @@ class Wall:
         else:
             new_y = np.clip(y + dy, r, 1 - r)
         self.pos = np.array([new_x, new_y])
-        return bool(abs(x + dx - new_x) > 1e-9 or abs(y + dy - new_y) > 1e-9)
+        self.blocked = bool(abs(x + dx - new_x) > 1e-9 or abs(y + dy - new_y) > 1e-9)
+        return self.blocked
 
     def render(self, size):
         """Anti-aliased: a pixel's coverage is its distance to the shape's edge, in pixels, clipped to [0, 1]."""
@@ -67,8 +69,8 @@ class Wall:
         return frame.round().astype(np.uint8)
 
     def explore(self, rng):
-        """Head for a goal, and for a new one when there or now and then; every other goal is beyond the door."""
-        if self.goal is None or np.abs(self.goal - self.pos).max() < 0.03 or rng.random() < 0.06:
+        """Head for a goal, and for a new one when there, often when blocked; every other goal is beyond the door."""
+        if self.goal is None or np.abs(self.goal - self.pos).max() < 0.03 or rng.random() < 0.4 * self.blocked + 0.03:
             side = 1 if self.pos[0] < 0.5 else -1
             through = np.array([0.5 + side * rng.uniform(0.15, 0.4), self.door])
             self.goal = through if rng.random() < 0.5 else rng.uniform(0, 1, 2)
