@@ -42,7 +42,8 @@ class Clips:
                 self.meta = json.load(f)
         except (OSError, ValueError) as e:
             name = os.path.basename(root)
-            raise SystemExit(f'no prepared dataset at {folder} ({e}): make it with python data.py {name}') from e
+            how = f'make it with python data.py {name}' if name in envs.WORLDS else 'README.md says what belongs there'
+            raise SystemExit(f'no prepared dataset at {folder} ({e}): {how}') from e
         self.num_frames, self.interval = num_frames, frame_interval
         self.action_dim = frame_interval * self.actions.shape[1]
         if normalize is True:

@@ -134,8 +134,10 @@ class Diffusion(nn.Module):
         return (u * self.num_timesteps).long().clamp(max=self.num_timesteps - 1).expand(shape)
 
     def loss(self, model, x0, action=None, t=None, noise=None):
-        """Mean squared error of the target, each frame weighted by its own min-SNR weight (Hang et al. 2023).
+        """Mean squared error of the target, each frame weighted by min(SNR, gamma) / SNR of its own timestep.
 
+        Hang et al. 2023 use that weight for epsilon and others for x and v; with zero terminal SNR theirs would be zero
+        at T-1, where sampling starts, so all targets share it here.
         x0 [B,F,C,H,W], action [B,F,A]; t [B,F] and noise like x0 are drawn when not given. Returns a scalar.
         """
         t = self.sample_timesteps(x0.shape[:2]) if t is None else t

@@ -5,7 +5,7 @@ Both have one small interface:
     reset(seed)             start an episode
     step(action)            action [2] float32 -> True if there was contact (with the wall, or with the block)
     render(size)            uint8 [3, size, size]
-    get_state() / set_state(state)      float64 vector that holds everything: what follows depends on it alone
+    get_state() / set_state(state)      float64 vector; what given actions lead to depends on it alone
     explore(rng)            the scripted policy's next action
 """
 import os

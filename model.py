@@ -120,7 +120,7 @@ class CrossAttention(nn.Module):
         self.q = nn.Linear(dim, dim)
         self.kv = nn.Linear(dim, 2 * dim)
         self.proj = nn.Linear(dim, dim)
-        if not temporal:  # one key: its softmax is 1 whatever the query, so q is never used and never learns
+        if not temporal:  # one key: its softmax is 1 whatever the query, so q is there only for the checkpoint's names
             self.q.requires_grad_(False)
 
     def forward(self, x, a, causal):
@@ -186,6 +186,8 @@ class Block(nn.Module):
 
 
 class PatchEmbedder(nn.Module):
+    """A convolution; a module of its own for the name that its weights have in checkpoints."""
+
     def __init__(self, config):
         super().__init__()
         self.proj = nn.Conv2d(config.in_channels, config.hidden_size, config.patch_size, stride=config.patch_size)
@@ -246,7 +248,7 @@ class NanoWM(nn.Module):
                 nn.init.zeros_(m.bias) if m.bias is not None else None
         for i in (0, 2):
             nn.init.normal_(self.t_embedder.mlp[i].weight, std=0.02)
-        # zero what adds to the residual stream, so that training starts from the identity
+        # adaLN-Zero: what gates or outputs a branch starts at zero
         zero = [self.final_layer.adaLN_modulation[1], self.final_layer.linear]
         for b in self.blocks:
             zero.append(b.adaLN_modulation[1])
@@ -281,7 +283,7 @@ class NanoWM(nn.Module):
 
         space, time = (self.space_cos, self.space_sin), (self.time_cos[:N], self.time_sin[:N])
         for i, block in enumerate(self.blocks):
-            if i == 1:
+            if i == 1:  # rotary angles know distances in time, this knows the place in the clip
                 x = x + self.temp_embed[:, :N, None]
             x = block(x, c, a, time if block.temporal else space)
 

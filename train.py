@@ -1,7 +1,7 @@
 """Train a world model with diffusion forcing, on one CPU or GPU or on many processes.
 
     python train.py config/wall.py                                      # minutes on a laptop
-    python train.py config/wall.py --pred_name=v --injection=film       # change anything
+    python train.py config/wall.py --injection=film --out_dir=out/film  # change anything
     python train.py config/wall.py --resume=True                        # go on where it stopped
     torchrun --nproc_per_node=8 train.py config/pusht_tiny.py           # 8 GPUs
 
@@ -46,7 +46,7 @@ frame_interval = 1  # keep every k-th frame; the k actions between are concatena
 normalize_action = False  # by the training split's mean and std
 # model
 model_size = ''  # S, B, L or XL sets hidden_size, depth and num_heads
-patch_size = 8
+patch_size = 4
 hidden_size = 128
 depth = 4
 num_heads = 4
@@ -71,7 +71,7 @@ warmup_steps = 1000
 weight_decay = 0.01
 gradient_clip_norm = 0.1  # 0 turns it off
 gradient_clip_start = 0  # first step that is clipped
-ema_decay = 0.999  # of the weights that validate, dream and are published; 0 turns it off
+ema_decay = 0.999  # of the weights that validate, dream and are saved for use; 0 turns it off
 # logging
 log_every = 10
 val_every = 1000  # validation loss, and a picture of held-out dreams
@@ -118,13 +118,13 @@ channels, height, width = train_clips.frames.shape[1:]
 # model
 if model_size and model_size not in SIZES:
     sys.exit(f'model_size={model_size!r}: expected one of {", ".join(SIZES)}')
-size = SIZES.get(model_size, dict(hidden_size=hidden_size, depth=depth, num_heads=num_heads))
+shape = SIZES.get(model_size, dict(hidden_size=hidden_size, depth=depth, num_heads=num_heads))
 try:
     model = NanoWM(NanoWMConfig(input_size=(height, width), patch_size=patch_size, in_channels=channels,
                                 num_frames=num_frames, action_dim=train_clips.action_dim, injection=injection,
-                                causal=causal, **size)).to(device)
+                                causal=causal, **shape)).to(device)
     diffusion = Diffusion(pred_name, noise_schedule, zero_terminal_snr, snr_gamma=snr_gamma).to(device)
-    diffusion.sample_timesteps((1, 1), timestep_sampling)
+    diffusion.sample_timesteps((1, 1), timestep_sampling)  # refuses an unknown name now, not at step 0
 except ValueError as e:
     sys.exit(str(e))
 ema = copy.deepcopy(model).eval().requires_grad_(False) if ema_decay else model
@@ -223,7 +223,7 @@ def lr_at(n):
 
 
 def batches(n):
-    """This process's share of step n: a list of (frames, action, t, noise), one per micro-step.
+    """This process's share of step n: yields (frames, action, t, noise), one per micro-step.
 
     All randomness of a step comes from (seed, n) and is drawn for the global batch, so a resumed run repeats the
     uninterrupted one, and N processes draw what one would.
@@ -234,8 +234,8 @@ def batches(n):
     t = diffusion.sample_timesteps((total, num_frames), timestep_sampling, timestep_mean, timestep_std,
                                    timestep_per_clip, generator)
     noise = torch.randn(total, num_frames, channels, height, width, device=device, generator=generator)
-    mine = [slice(i * batch_size, (i + 1) * batch_size) for i in range(rank * grad_accum, (rank + 1) * grad_accum)]
-    for part in mine:
+    for i in range(rank * grad_accum, (rank + 1) * grad_accum):
+        part = slice(i * batch_size, (i + 1) * batch_size)
         frames, action = train_clips.batch(clips[part])
         yield to_model(frames, device), action.to(device, non_blocking=True), t[part], noise[part]
 
@@ -315,15 +315,16 @@ while step < max_steps and not stop:
     due = {name: step == max_steps or every > 0 and step % every == 0 for name, every in
            (('log', log_every), ('val', val_every), ('latest', latest_every), ('keep', keep_every))}
     if any(due.values()) or (asked and world_size == 1):
-        weight_norm = torch.stack(torch._foreach_norm(weights)).sum().detach()  # of what would be saved
-        sums = torch.stack([loss_sum, norm_sum, weight_norm, torch.tensor(float(asked), device=device)])
+        size = torch.stack(torch._foreach_norm(weights)).sum().detach()  # not finite if any weight is not
+        sums = torch.stack([loss_sum, norm_sum, size, torch.tensor(float(asked), device=device)])
         if world_size > 1:
             dist.all_reduce(sums)
-        loss_mean, norm, weight_norm, stop = (sums / (world_size * (step - since))).tolist()
-        if not math.isfinite(loss_mean + weight_norm) or not (math.isfinite(norm) or scaler.is_enabled()):
+        loss_mean, norm, size, stop = sums.tolist()
+        loss_mean, norm = (s / (world_size * (step - since)) for s in (loss_mean, norm))
+        if not math.isfinite(loss_mean + size) or not (math.isfinite(norm) or scaler.is_enabled()):
             bar.close()
-            sys.exit(f'step {step}: loss {loss_mean}, gradient {norm}, weights {weight_norm}: not finite, stopped '
-                     f'before saving; {latest} holds the last good step; try a lower learning_rate or fp32')
+            sys.exit(f'step {step}: loss {loss_mean}, gradient {norm}, weights {size}: not finite, stopped before '
+                     f'saving; {latest} holds the last good step; try a lower learning_rate or fp32')
         seconds = time.perf_counter() - clock
         clips_per_s = batch_size * grad_accum * world_size * (step - since) / seconds
         loss_sum.zero_(), norm_sum.zero_()

@@ -1,9 +1,9 @@
-# PushT at 64x64 pixels, 3.7 M parameters, under an hour on two CPU cores.
+# PushT at 64x64 pixels, 5.2 M parameters, about an hour on two CPU cores.
 out_dir = 'out/pusht_tiny'
 dataset = 'data/pusht'
 frame_interval = 5  # half a second between frames; an action is 5 x 2 numbers
 normalize_action = True
-pred_name = 'x'  # a patch of 8x8x3 pixels is as wide as the model: noise would hardly get through
+pred_name = 'x'  # a patch of 8x8x3 pixels is as wide as the model, so noise would hardly get through it
 patch_size = 8
 hidden_size = 192
 depth = 6

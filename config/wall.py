@@ -1,7 +1,7 @@
-# The wall world on a laptop: 32x32 pixels, 1.1 M parameters, about ten minutes on two CPU cores.
+# The wall world on a laptop: 32x32 pixels, 1.6 M parameters, about ten minutes on two CPU cores.
 out_dir = 'out/wall'
 dataset = 'data/wall'
-normalize_action = True  # a step is a twentieth of the room: too quiet to be heard otherwise
+normalize_action = True  # a step is less than a tenth of the room: too quiet to be heard otherwise
 pred_name = 'x'  # a patch of 8x8x3 pixels is wider than the model, so noise could not get through it
 patch_size = 8
 hidden_size = 128

@@ -121,8 +121,8 @@ def test_pusht_is_collected_and_pushes(tmp_path):
 
 
 def test_a_missing_or_too_short_dataset_says_so(wall):
-    with pytest.raises(SystemExit, match='no prepared dataset at nowhere/pong/train.*python data.py pong'):
-        Clips('nowhere/pong', 'train', 4)
+    with pytest.raises(SystemExit, match='no prepared dataset at nowhere/wall/train.*python data.py wall'):
+        Clips('nowhere/wall', 'train', 4)
     with pytest.raises(SystemExit, match='no episode has 121 frames'):
         Clips(wall, 'train', num_frames=5, frame_interval=30)
     assert 'unknown dataset' in error('data.py', 'pong')

@@ -111,7 +111,7 @@ def test_each_mistake_gets_one_clear_line(wall, trained, tmp_path):
     assert "compile='yes' is of the wrong type; expected bool" in error('train.py', '--compile=yes')
     assert 'no such config file' in error('train.py', 'config/nothing.py')
     assert 'expected a config file' in error('train.py', 'wall')
-    assert 'python data.py pong' in error('train.py', '--dataset=data/pong', out)
+    assert 'python data.py wall' in error('train.py', f'--dataset={tmp_path}/wall', out)
     options = [*TRAIN, f'--dataset={wall}', out]
     assert 'context_frames=4: expected 1 to num_frames - 1' in error(*options, '--context_frames=4')
     assert 'batch_size=0: expected 1 or more' in error(*options, '--batch_size=0')
