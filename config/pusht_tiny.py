@@ -20,4 +20,4 @@ dtype = 'bf16'  # a step takes 1.0 s instead of 1.8 s with fp32, on a CPU that h
 val_every = 500
 latest_every = 250
 keep_every = 1000
-sample_steps = 2  # x needs few: more draw sharper blocks in worse places (README)
+sample_steps = 2  # x needs few, and fewer are closer to the mean of what may happen
