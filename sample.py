@@ -46,8 +46,8 @@ def held_out(model, cfg, num_frames, dataset=''):
     clips = Clips(dataset or cfg['dataset'], 'val', num_frames, cfg['frame_interval'], cfg['action_scale'])
     want = (model.config.in_channels, *model.config.input_size, model.config.action_dim)
     if (*clips.frames.shape[1:], clips.action_dim) != want:
-        sys.exit(f'{dataset}: frames {clips.frames.shape[1:]} and {clips.action_dim} action numbers do not fit the '
-                 f'model, which takes {want[:3]} and {want[3]}')
+        sys.exit(f'{dataset or cfg["dataset"]}: frames {clips.frames.shape[1:]} and {clips.action_dim} action numbers '
+                 f'do not fit the model, which takes {want[:3]} and {want[3]}')
     return clips
 
 

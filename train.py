@@ -195,12 +195,11 @@ if master:
 
 
 def log(**values):
-    if master:
-        with open(log_path, 'a') as f:
-            f.write(json.dumps({'step': step, **values}) + '\n')
-        for k, v in values.items():
-            board and board.add_scalar(k, v, step)
-        run and run.log(values, step=step)
+    with open(log_path, 'a') as f:
+        f.write(json.dumps({'step': step, **values}) + '\n')
+    for k, v in values.items():
+        board and board.add_scalar(k, v, step)
+    run and run.log(values, step=step)
 
 
 def matmul_rate(n=2048):
