@@ -1,25 +1,37 @@
 """Prepare a dataset once, then read it memory-mapped.
 
-    python data.py wall                     # collect episodes of the wall world into data/wall
-    python data.py pusht --image_size=96    # the same with the PushT simulator, larger
+    python data.py wall                           # collect episodes of the wall world into data/wall
+    python data.py rt1 --root=path/to/fractal     # or convert a published dataset to latents (README.md lists them)
+    python data.py clips --root=path --name=mine --latents=False --image_size=64     # or your own recordings
 
 A prepared dataset is a folder with meta.json and, for each split, three arrays:
 
     {train,val}/frames.npy      uint8 [N,C,H,W] pixels, or float16 latents; all episodes one after the other
     {train,val}/actions.npy     float32 [N,A]; actions[i] is what was done at frames[i]
-    {train,val}/episodes.npy    int64 [E+1]; episode e is rows episodes[e] to episodes[e+1]
+    {train,val}/episodes.npy    int64 [E+1]; episode e is rows episodes[e] to episodes[e+1]; or [E,2], first and end row
+
+A converted dataset also fixes where validation clips come from, and keeps the pixels of those frames:
+
+    val/fixed.npy               int64 [S,3]: stretch s is rows fixed[s,0] to fixed[s,1]
+    val/pixels.npy              uint8 [M,3,H,W], only beside latents; stretch s begins at fixed[s,2]
 """
 import json
 import multiprocessing
 import os
 import shutil
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 
 import numpy as np
 import torch
+import torch.distributed as dist
+import torch.nn.functional as F
 from tqdm import tqdm
 
 import envs
+import readers
+from vae import load_vae
 
 FILES = ('frames', 'actions', 'episodes')
 
@@ -42,8 +54,16 @@ class Clips:
                 self.meta = json.load(f)
         except (OSError, ValueError) as e:
             name = os.path.basename(root)
-            how = f'make it with python data.py {name}' if name in envs.WORLDS else 'README.md says what belongs there'
+            known = name in envs.WORLDS or name in readers.ROOTS
+            how = f'make it with python data.py {name}' if known else 'README.md says what belongs there'
             raise SystemExit(f'no prepared dataset at {folder} ({e}): {how}') from e
+        if self.episodes.ndim == 1:
+            self.episodes = np.stack([self.episodes[:-1], self.episodes[1:]], axis=1)
+        self.stretches = self.original = None
+        if split == 'val' and os.path.exists(f'{folder}/fixed.npy'):
+            self.stretches = np.load(f'{folder}/fixed.npy')
+        if split == 'val' and os.path.exists(f'{folder}/pixels.npy'):
+            self.original = np.load(f'{folder}/pixels.npy', mmap_mode='r')
         self.num_frames, self.interval = num_frames, frame_interval
         self.action_dim = frame_interval * self.actions.shape[1]
         if normalize is True:
@@ -53,7 +73,7 @@ class Clips:
         self.mean, self.std = (np.float32(s) for s in normalize or (0, 1))
         self.std = np.where(self.std == 0, np.float32(1), self.std)  # a number that never changes
         # a clip is numbered by its start; episodes too short for one have none
-        starts = np.diff(self.episodes) - (num_frames - 1) * frame_interval
+        starts = self.episodes[:, 1] - self.episodes[:, 0] - (num_frames - 1) * frame_interval
         self.cumulative = np.concatenate([[0], np.cumsum(np.maximum(starts, 0))])
         if len(self) == 0:
             raise SystemExit(f'{folder}: no episode has {(num_frames - 1) * frame_interval + 1} frames, which '
@@ -62,21 +82,60 @@ class Clips:
     def __len__(self):
         return int(self.cumulative[-1])
 
+    def first_rows(self, clips):
+        """(row of the first frame, end row of the episode) of clips by number."""
+        episode = np.searchsorted(self.cumulative, clips, side='right') - 1
+        first, end = self.episodes[episode].T
+        return first + clips - self.cumulative[episode], end
+
     def batch(self, clips):
         """Clips by number [B] -> frames [B,F,C,H,W] as stored, action float32 [B,F,frame_interval*A]."""
-        clips = np.asarray(clips)
-        episode = np.searchsorted(self.cumulative, clips, side='right') - 1
-        first = self.episodes[episode] + clips - self.cumulative[episode]
+        first, end = self.first_rows(np.asarray(clips))
         rows = first[:, None] + np.arange(self.num_frames * self.interval)
         frames = self.frames[rows[:, ::self.interval]]
         # rows past the end of the episode belong to the last frame's action, which no frame of the clip depends on
-        rows = np.minimum(rows, self.episodes[episode + 1][:, None] - 1)
+        rows = np.minimum(rows, end[:, None] - 1)
         actions = (self.actions[rows] - self.mean) / self.std
         return torch.from_numpy(frames), torch.from_numpy(actions.reshape(len(rows), self.num_frames, -1))
 
     def fixed(self, count, seed=42):
-        """Numbers of `count` clips (all, if there are fewer), the same for every run with this seed."""
-        return np.random.default_rng(seed).permutation(len(self))[:count]
+        """Numbers of `count` clips (all, if there are fewer), the same for every run with this seed.
+
+        Where the dataset fixes stretches of validation frames, clips lie inside them, or begin where they begin if
+        those are published starts.
+        """
+        choices = np.arange(len(self))
+        if self.stretches is not None:
+            choices = []
+            for first, end, _ in self.stretches:
+                episode = np.searchsorted(self.episodes[:, 0], first, side='right') - 1
+                n = end - first - (self.num_frames - 1) * self.interval
+                n = min(n, 1) if self.meta.get('fixed_starts') else n
+                choices.extend(self.cumulative[episode] + first - self.episodes[episode, 0] + np.arange(max(n, 0)))
+            if not choices:
+                raise SystemExit(f'no fixed stretch of validation frames is as long as num_frames={self.num_frames} at '
+                                 f'frame_interval={self.interval} needs; convert again with a larger --val_frames')
+        return np.random.default_rng(seed).permutation(choices)[:count]
+
+    def pixels(self, clips):
+        """The original frames of clips, uint8 [B,F,3,H,W]; beside latents, only those of `fixed` clips are kept."""
+        rows = self.first_rows(np.asarray(clips))[0][:, None] + np.arange(self.num_frames) * self.interval
+        if self.frames.dtype == np.uint8:
+            return torch.from_numpy(self.frames[rows])
+        if self.original is None:
+            raise SystemExit(f'{self.meta.get("name", "this dataset")}: val/pixels.npy is missing; metrics need the '
+                             'original pixels beside the latents, which python data.py keeps')
+        s = np.searchsorted(self.stretches[:, 0], rows, side='right') - 1
+        return torch.from_numpy(self.original[self.stretches[s, 2] + rows - self.stretches[s, 0]])
+
+
+def pick_device(name=''):
+    """The device of that name, or the best there is; ends with one line if it is not there."""
+    best = 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
+    try:
+        return str(torch.empty(0, device=name or best).device)
+    except (RuntimeError, AssertionError, AttributeError):
+        sys.exit(f'device={name!r} is not available here; try --device={best}')
 
 
 def to_model(frames, device='cpu'):
@@ -138,26 +197,241 @@ def collect(world, root, episodes, size, seed, workers):
           f'{meta["contact_share"]:.0%} of the steps')
 
 
+# -----------------------------------------------------------------------------
+# converting: the lengths are known beforehand, so every episode has its rows before the first is read. Processes write
+# only into the rows of their own episodes, note each finished one in a journal, and go on from it after a kill.
+
+def resize(frames, size):
+    """uint8 [T,H,W,3] -> uint8 [T,3,size,size], stretched (bilinear, anti-aliased)."""
+    x = torch.from_numpy(np.require(frames, requirements=['C', 'W'])).permute(0, 3, 1, 2)
+    if x.shape[2:] == (size, size):
+        return x
+    return F.interpolate(x.float(), (size, size), mode='bilinear', antialias=True).round().clamp(0, 255).byte()
+
+
+def plan(source, size, vae, val_share, val_clips, val_frames, seed):
+    """Where everything goes.
+
+    Returns {path: (dtype, shape)}, jobs [(episode number, split, row, length)], stretches [(row, end row, pixel row)].
+    """
+    rng = np.random.default_rng(seed)
+    held_out = set(rng.permutation(len(source.episodes))[:max(1, round(val_share * len(source.episodes)))])
+    split_known = any(e.split for e in source.episodes)
+    rows, jobs = {'train': 0, 'val': 0}, []
+    for i, e in enumerate(source.episodes):
+        split = (e.split or 'train') if split_known else 'val' if i in held_out else 'train'
+        jobs.append((i, split, rows[split], e.length))
+        rows[split] += e.length
+    if not all(rows.values()):
+        raise readers.Missing(f'{len(jobs)} episodes: training and validation need at least one each, with frames')
+    stretches, pixel = [], 0
+    chosen = [job for job in jobs if job[1] == 'val' and job[3]]
+    for i, _, row, length in sorted(chosen[j] for j in rng.permutation(len(chosen))[:val_clips]):
+        start = source.episodes[i].start
+        start = start if start >= 0 else int(rng.integers(max(0, length - val_frames) + 1))
+        n = min(length - start, val_frames)
+        stretches.append((row + start, row + start + n, pixel))
+        pixel += n
+    frame = (np.float16, (4, size // 8, size // 8)) if vae else (np.uint8, (3, size, size))
+    files = {f'{s}/frames.npy': (frame[0], (n, *frame[1])) for s, n in rows.items()}
+    files |= {f'{s}/actions.npy': (np.float32, (n, source.action_dim)) for s, n in rows.items()}
+    if vae:
+        files['val/pixels.npy'] = np.uint8, (pixel, 3, size, size)
+    return files, jobs, stretches
+
+
+def write_rows(path, row, values):
+    """Put values into an .npy file from that row on, without mapping it: other processes write there too."""
+    array = np.load(path, mmap_mode='r')
+    with open(path, 'r+b') as f:
+        f.seek(array.offset + row * array.strides[0])
+        f.write(np.ascontiguousarray(values, dtype=array.dtype))
+
+
+def convert(source, out, settings, vae=None):
+    """Write the episodes of a Source into `out`, as pixels or with a VAE as latents; `out` appears when complete.
+
+    Resumes from out.partial. Under torchrun each process converts every world_size-th episode.
+    """
+    size, device = settings['image_size'], next(vae.parameters()).device if vae else None
+    rank, world_size = (int(os.environ.get(k, d)) for k, d in (('RANK', 0), ('WORLD_SIZE', 1)))
+    if world_size > 1:
+        dist.init_process_group('gloo', timeout=timedelta(days=30))
+    partial = f'{out}.partial'
+    files, jobs, stretches = plan(source, size, vae, *(settings[k] for k in (
+        'val_share', 'val_clips', 'val_frames', 'seed')))
+    begun = json.dumps({'settings': settings, 'episodes': [e[:2] for e in source.episodes]})
+    if rank == 0 and not os.path.exists(f'{partial}/begun.json'):
+        shutil.rmtree(partial, ignore_errors=True)
+        for path, (dtype, shape) in files.items():
+            os.makedirs(os.path.dirname(f'{partial}/{path}'), exist_ok=True)
+            np.lib.format.open_memmap(f'{partial}/{path}', mode='w+', dtype=dtype, shape=shape)
+        with open(f'{partial}/begun.json.tmp', 'w') as f:
+            f.write(begun)
+        os.rename(f'{partial}/begun.json.tmp', f'{partial}/begun.json')
+    if world_size > 1:
+        dist.barrier()
+    with open(f'{partial}/begun.json') as f:
+        if f.read() != begun:
+            raise readers.Missing(f'{partial} was begun from other files or with other settings: '
+                                  'use those again, or delete it')
+
+    def journals():
+        """{episode number: None, or why it is broken} of all processes, this run's and a killed one's."""
+        outcomes = {}
+        for name in os.listdir(partial):
+            if name.startswith('journal'):
+                with open(f'{partial}/{name}') as f:
+                    for i, error in (json.loads(line) for line in f if line.endswith(']\n')):
+                        outcomes[i] = None if error is None else outcomes.get(i, error)
+        return outcomes
+
+    def read(job):
+        i, _, _, length = job
+        try:
+            frames, actions = source.read(source.episodes[i].key)
+            if not length or (len(frames), actions.shape) != (length, (length, source.action_dim)):
+                raise ValueError(f'{len(frames)} frames and actions {list(actions.shape)}; expected {length} frames '
+                                 f'and {source.action_dim} numbers for each')
+            if not np.isfinite(actions).all():
+                raise ValueError('some actions are not finite')
+            return resize(frames, size), actions, None
+        except Exception as e:  # whatever is wrong with one episode, the others go on
+            return None, None, f'{type(e).__name__}: {e}'
+
+    done = {i for i, error in journals().items() if error is None}
+    todo = [job for job in jobs[rank::world_size] if job[0] not in done]
+    journal = open(f'{partial}/journal.{rank}', 'a')
+    journal.write('\n')  # after a line that a kill cut short
+    bar = tqdm(total=len(jobs[rank::world_size]), initial=len(jobs[rank::world_size]) - len(todo), unit='episode',
+               desc=f'converting to {os.path.basename(out)}', disable=rank > 0)
+    with ThreadPoolExecutor(1) as ahead:  # the next episode is read while this one is encoded
+        results = (ahead.submit(read, job) for job in todo)
+        result = next(results, None)
+        for i, split, row, length in todo:
+            (pixels, actions, error), result = result.result(), next(results, None)
+            if error is None:
+                latents = vae.encode(to_model(pixels, device)).cpu() if vae else pixels
+                write_rows(f'{partial}/{split}/frames.npy', row, latents.numpy())
+                write_rows(f'{partial}/{split}/actions.npy', row, actions)
+                for first, end, pixel in stretches if vae and split == 'val' else ():
+                    if row <= first < row + length:
+                        write_rows(f'{partial}/val/pixels.npy', pixel, pixels[first - row:end - row].numpy())
+            else:
+                bar.write(f'skipped {source.episodes[i].name}: {error}')
+            journal.write(json.dumps([i, error]) + '\n')
+            journal.flush()
+            bar.update()
+    bar.close()
+    journal.close()
+    if world_size > 1:
+        dist.barrier()
+    if rank == 0:
+        finish(source, out, settings, jobs, stretches, journals(), vae)
+    if world_size > 1:
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+def finish(source, out, settings, jobs, stretches, outcomes, vae):
+    """Say which rows hold episodes, leave out the broken ones, and let the folder appear under its name."""
+    partial = f'{out}.partial'
+    broken = {source.episodes[i].name: error for i, error in sorted(outcomes.items()) if error}
+    spans = {'train': [], 'val': []}
+    for i, split, row, length in jobs:
+        if outcomes[i] is None:
+            spans[split].append((row, row + length))
+    if not all(map(len, spans.values())):
+        raise readers.Missing(f'{out}: {len(broken)} of {len(jobs)} episodes could not be read and nothing is left for '
+                              f'{" and ".join(s for s, x in spans.items() if not len(x))}')
+    for split, span in spans.items():
+        np.save(f'{partial}/{split}/episodes.npy', np.array(span))
+    good = [s for s in stretches if any(first <= s[0] < end for first, end in spans['val'])]
+    np.save(f'{partial}/val/fixed.npy', np.array(good).reshape(-1, 3))
+    actions = np.load(f'{partial}/train/actions.npy', mmap_mode='r')
+    count = sum(int(b - a) for a, b in spans['train'])
+    mean = sum(actions[a:b].sum(axis=0, dtype=np.float64) for a, b in spans['train']) / count
+    var = sum(((actions[a:b] - mean) ** 2).sum(axis=0) for a, b in spans['train']) / count
+    meta = settings | dict(action_mean=mean.tolist(), action_std=np.sqrt(var).tolist(), broken=broken,
+                           fixed_starts=any(e.start >= 0 for e in source.episodes), latents=bool(vae))
+    with open(f'{partial}/meta.json', 'w') as f:
+        json.dump(meta, f, indent=1)
+    for name in os.listdir(partial):
+        if name.startswith(('journal', 'begun')):
+            os.remove(f'{partial}/{name}')
+    os.rename(partial, out)
+    print(f'{out}: {len(spans["train"])} episodes for training, {len(spans["val"])} for validation, '
+          f'{len(broken)} broken ones skipped')
+
+
 if __name__ == '__main__':
     from configurator import configure
     if len(sys.argv) > 1 and not sys.argv[1].startswith('-'):
-        sys.argv[1] = f'--world={sys.argv[1]}'  # python data.py wall
+        sys.argv[1] = f'--what={sys.argv[1]}'  # python data.py wall
     # settings -----------------------------------------------------------------
-    world = 'wall'  # which: wall or pusht
-    root = ''  # where to; '' is data/<world>
-    episodes = 0  # a tenth of them are for validation; 0 is 2000 for wall and 1200 for pusht
-    image_size = 0  # pixels, square; 0 is 32 for wall and 64 for pusht
+    what = 'wall'  # a world: wall, pusht; published: rt1, csgo, dino_...; any: lerobot, clips
+    out = ''  # where to; '' is data/<name>, under $RESULTS_DIR for what is converted
+    image_size = 0  # pixels, square; 0 is 32 for wall, 64 for pusht, 256 for what is converted
+    episodes = 0  # 0 is 2000 for wall, 1200 for pusht (a tenth for validation), all for what is converted
     seed = 0
+    # collecting
     workers = os.cpu_count()
+    # converting
+    root = ''  # the files; '' is $RT1_DATA_ROOT, $CSGO_DATA_DIR or $DATASET_DIR
+    name = ''  # of the new dataset; '' is what it is
+    latents = True  # encode the frames; False keeps pixels
+    vae = ''  # folder or file; '' is $VAE_MODEL_PATH or pretrained/sd-vae-ft-mse
+    device = ''  # that encodes: cpu, cuda, mps; '' is the best there is
+    val_share = 0.1  # of the episodes, where the publisher has no split
+    val_clips = 256  # stretches of validation frames that clips for metrics come from
+    val_frames = 100  # longest such stretch
+    image_key = 'observation.images.image'  # the camera, of lerobot
+    relative_actions = True  # of dino_pusht; False takes abs_actions.pth
+    train_list = ''  # text file that names the training files, of csgo
+    val_list = ''
+    val_starts = ''  # .npy with the first frame of each validation file's fixed clip
     # --------------------------------------------------------------------------
     configure(globals())
-    if world not in envs.WORLDS:
-        sys.exit(f'{world!r}: unknown dataset; expected {" or ".join(envs.WORLDS)}')
-    defaults = {'wall': (2000, 32), 'pusht': (1200, 64)}[world]
-    episodes, image_size = episodes or defaults[0], image_size or defaults[1]
-    if episodes < 2 or workers < 1:
-        sys.exit(f'episodes={episodes}, workers={workers}: expected 2 (one is for validation) and 1, or more')
-    root = os.path.normpath(root or f'data/{world}')
-    if os.path.exists(root):
-        sys.exit(f'{root} is there already; delete it to collect again, or choose another --root')
-    collect(world, root, episodes, image_size, seed, workers)
+    if what in envs.WORLDS:
+        defaults = {'wall': (2000, 32), 'pusht': (1200, 64)}[what]
+        episodes, image_size = episodes or defaults[0], image_size or defaults[1]
+        if episodes < 2 or workers < 1:
+            sys.exit(f'episodes={episodes}, workers={workers}: expected 2 (one is for validation) and 1, or more')
+        out = os.path.normpath(out or f'data/{what}')
+        if os.path.exists(out):
+            sys.exit(f'{out} is there already; delete it to collect again, or choose another --out')
+        collect(what, out, episodes, image_size, seed, workers)
+        sys.exit()
+
+    known = [*envs.WORLDS, *readers.ROOTS, 'lerobot', 'clips']
+    if what not in known:
+        sys.exit(f'{what!r}: unknown dataset; expected one of {", ".join(known)}')
+    if what in ('lerobot', 'clips') and not (root and name):
+        sys.exit(f'{what} needs --root=<folder of the files> and --name=<name of the new dataset>')
+    name, image_size = name or what, image_size or 256
+    variable = readers.ROOTS.get(what, '')
+    root = os.path.normpath(root or os.environ.get(variable) or sys.exit(
+        f'where are the files of {what}? Say --root=<folder>, or set {variable}'))
+    out = os.path.normpath(out or os.path.join(os.environ.get('RESULTS_DIR', ''), 'data', name))
+    if os.path.exists(out):
+        sys.exit(f'{out} is there already; delete it to convert again, or choose another --out')
+    if image_size < 8 or latents and image_size % 8 or not 0 < val_share < 1 or min(val_clips, val_frames) < 1:
+        sys.exit(f'image_size={image_size}, val_share={val_share}, val_clips={val_clips}, val_frames={val_frames}: '
+                 'expected a multiple of 8, a share between 0 and 1, and 1 or more')
+    try:
+        if what == 'clips':
+            source = readers.clips(root)
+        elif what == 'csgo':
+            source = readers.csgo(root, train_list, val_list, val_starts)
+        elif what in ('rt1', 'lerobot'):
+            source = readers.lerobot(root, image_key)
+        else:
+            source = readers.dino_wm(root, what.removeprefix('dino_'), relative_actions)
+        if 0 < episodes < len(source.episodes):  # spread over all of them
+            every = len(source.episodes) / episodes
+            source = source._replace(episodes=[source.episodes[int(i * every)] for i in range(episodes)])
+        settings = dict(name=name, kind=what, image_size=image_size, val_share=val_share, val_clips=val_clips,
+                        val_frames=val_frames, seed=seed)
+        convert(source, out, settings, load_vae(vae, pick_device(device)) if latents else None)
+    except (readers.Missing, FileNotFoundError, ValueError) as e:
+        sys.exit(str(e) + ('; --latents=False keeps pixels' if 'sd-vae' in str(e) else ''))

@@ -18,7 +18,7 @@ from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 from data import to_model
-from sample import dream, held_out, load_run
+from sample import dream, held_out, load_decoder, load_run
 
 MAX_PSNR = 58.92  # 10 log10(12 * 255^2): the error of rounding to 8 bits; an identical frame scores this, not infinity
 
@@ -51,24 +51,28 @@ def ssim(a, b, window=11, sigma=1.5):
     return s.mean(dim=(-2, -1)).reshape(*shape, C).mean(dim=-1)
 
 
-def evaluate(model, diffusion, clips, numbers, num_context, num_steps, batch_size=64, seed=0):
-    """PSNR and SSIM of `numbers`' predicted frames: {'psnr', 'ssim', 'copy_psnr', ...: [num_clips, predicted]}."""
+def evaluate(model, diffusion, clips, numbers, num_context, num_steps, batch_size=64, seed=0, vae=None):
+    """PSNR and SSIM of `numbers`' predicted frames: {'psnr', 'ssim', 'copy_psnr', ...: [num_clips, predicted]}.
+
+    They are compared with the original pixels; a model of latents needs its VAE.
+    """
     device = model.pos_embed.device
     frames, action = clips.batch(numbers)
     scores = {f'{who}{metric}': [] for who in ('', 'copy_', 'wrong_') for metric in ('psnr', 'ssim')}
-    unit = lambda x: (x[:, num_context:].clamp(-1, 1) + 1).cpu() / 2  # noqa: E731
     with tqdm(total=2 * len(frames), desc='evaluating', unit='rollout') as bar:
         for i in range(0, len(frames), batch_size):
             part = slice(i, i + batch_size)
             x0 = to_model(frames[part], device)
             right, wrong = (a[part].to(device) for a in (action, action.roll(1, dims=0)))
-            predictions = {'copy_': x0[:, num_context - 1:num_context].expand_as(x0)}
+            truth = clips.pixels(numbers[part]).float() / 255  # [B,F,3,H,W]
+            predictions = {'copy_': truth[:, num_context - 1:num_context].expand_as(truth[:, num_context:])}
             for who, a in (('', right), ('wrong_', wrong)):
-                predictions[who] = dream(model, diffusion, x0, a, num_context, num_steps, seed=seed + i)
+                x = dream(model, diffusion, x0, a, num_context, num_steps, seed=seed + i)[:, num_context:]
+                predictions[who] = ((vae.decode(x) if vae else x.clamp(-1, 1)).cpu() + 1) / 2
                 bar.update(len(x0))
             for who, x in predictions.items():
                 for name, metric in (('psnr', psnr), ('ssim', ssim)):
-                    scores[who + name].append(metric(unit(x), unit(x0)))
+                    scores[who + name].append(metric(x, truth[:, num_context:]))
     return {k: torch.cat(v) for k, v in scores.items()}
 
 
@@ -111,6 +115,7 @@ if __name__ == '__main__':
     num_steps = 0  # denoising steps per frame; 0 is the run's own
     batch_size = 64
     seed = 42  # of the choice of clips
+    vae = ''  # decodes latents: folder or file; '' is $VAE_MODEL_PATH or pretrained/sd-vae-ft-mse
     device = ''  # cpu, cuda, mps; '' is the best there is
     # --------------------------------------------------------------------------
     configure(globals())
@@ -124,7 +129,8 @@ if __name__ == '__main__':
     if num_frames <= context_frames:
         sys.exit(f'num_frames={num_frames} must be more than context_frames={context_frames}')
     clips = held_out(model, cfg, num_frames, dataset)
-    scores = evaluate(model, diffusion, clips, clips.fixed(num_clips, seed), context_frames, num_steps, batch_size)
+    scores = evaluate(model, diffusion, clips, clips.fixed(num_clips, seed), context_frames, num_steps, batch_size,
+                      vae=load_decoder(model, vae))
 
     metrics = {k: v.mean().item() for k, v in scores.items()}
     curves = {k: v.mean(dim=0).tolist() for k, v in scores.items()}

@@ -13,18 +13,10 @@ import torch
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
-from data import Clips, to_model
+from data import Clips, pick_device, to_model
 from diffusion import Diffusion
 from model import load_model
-
-
-def pick_device(name=''):
-    """The device of that name, or the best there is; ends with one line if it is not there."""
-    best = 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
-    try:
-        return str(torch.empty(0, device=name or best).device)
-    except (RuntimeError, AssertionError, AttributeError):
-        sys.exit(f'device={name!r} is not available here; try --device={best}')
+from vae import load_vae
 
 
 def load_run(ckpt, device=''):
@@ -65,8 +57,19 @@ def dream(model, diffusion, frames, action, num_context, num_steps, seed=0, prog
                                 noise=noise, context_noise=context_noise, progress=bar.update, **options)
 
 
-def to_pixels(frames):
-    """[..., C,H,W] in [-1, 1] -> uint8 [..., H,W,3] on the CPU."""
+def load_decoder(model, path=''):
+    """The VAE that decodes what the model dreams, or None if it dreams pixels."""
+    if model.config.in_channels == 3:
+        return None
+    try:
+        return load_vae(path, model.pos_embed.device)
+    except (FileNotFoundError, ValueError) as e:
+        sys.exit(str(e))
+
+
+def to_pixels(frames, vae=None):
+    """[..., C,H,W] in [-1, 1], or latents with their VAE, -> uint8 [..., H,W,3] on the CPU."""
+    frames = vae.decode(frames) if vae else frames
     return ((frames.clamp(-1, 1) + 1) * 127.5).round().byte().cpu().numpy().swapaxes(-3, -1).swapaxes(-3, -2)
 
 
@@ -131,6 +134,7 @@ if __name__ == '__main__':
     eta = 0.0  # 0 is deterministic DDIM, 1 is DDPM
     history = 0  # frames kept as context when the window slides; 0 is all but one
     seed = 0
+    vae = ''  # decodes latents: folder or file; '' is $VAE_MODEL_PATH or pretrained/sd-vae-ft-mse
     device = ''  # cpu, cuda, mps; '' is the best there is
     # --------------------------------------------------------------------------
     configure(globals())
@@ -151,8 +155,10 @@ if __name__ == '__main__':
     if num_frames <= context_frames:
         sys.exit(f'num_frames={num_frames} must be more than context_frames={context_frames}')
     clips = held_out(model, cfg, context_frames if actions else num_frames, dataset)
-    frames, action = clips.batch(clips.fixed(num_clips, seed=seed))
+    numbers = clips.fixed(num_clips, seed=seed)
+    frames, action = clips.batch(numbers)
     frames = to_model(frames, model.pos_embed.device)
+    vae = load_decoder(model, vae)
     if actions:
         action = torch.from_numpy((own.reshape(-1, raw) - clips.mean) / clips.std).reshape(1, num_frames, A)
         action = action.expand(len(frames), -1, -1)
@@ -165,7 +171,9 @@ if __name__ == '__main__':
                         stabilization=stabilization, eta=eta, history=history)
     except ValueError as e:
         sys.exit(str(e))
-    rows = {'dream': to_pixels(dreamed)} if actions else {'truth': to_pixels(frames), 'dream': to_pixels(dreamed)}
+    rows = {'dream': to_pixels(dreamed, vae)}
+    if not actions:
+        rows = {'truth': clips.pixels(numbers).permute(0, 1, 3, 4, 2).numpy()} | rows
     out = out or os.path.join(ckpt if os.path.isdir(ckpt) else os.path.dirname(ckpt), f'rollout.{format}')
     os.makedirs(os.path.dirname(out) or '.', exist_ok=True)
     write_video(out, side_by_side(rows, context_frames), fps)

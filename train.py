@@ -25,10 +25,11 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 from tqdm import tqdm
 
 from configurator import configure
-from data import Clips, to_model
+from data import Clips, pick_device, to_model
 from diffusion import Diffusion
 from model import SIZES, NanoWM, NanoWMConfig, load_weights, read_checkpoint, save_checkpoint
-from sample import contact_sheet, dream, pick_device, to_pixels
+from sample import contact_sheet, dream, to_pixels
+from vae import load_vae
 
 # settings ---------------------------------------------------------------------
 # run
@@ -40,9 +41,12 @@ dtype = ''  # fp32, bf16 or fp16 autocast; '' is bf16 on CUDA, else fp32
 compile = False  # torch.compile the model
 # data
 dataset = 'data/wall'  # made by data.py
+frame_shape = (4, 32, 32)
+action_dim = 7
 num_frames = 4  # frames per clip, and the model's window
 context_frames = 1  # how many of them are given when it dreams
 frame_interval = 1  # keep every k-th frame; the k actions between are concatenated
+vae = ''  # decodes dreamed latents for a look: folder or file; '' is $VAE_MODEL_PATH or pretrained/sd-vae-ft-mse
 normalize_action = False  # by the training split's mean and std
 # model
 model_size = ''  # S, B, L or XL sets hidden_size, depth and num_heads
@@ -239,6 +243,12 @@ def batches(n):
         yield to_model(frames, device), action.to(device, non_blocking=True), t[part], noise[part]
 
 
+decoder = None  # of latents, for the pictures only: training goes on without it
+if master and channels != 3:
+    try:
+        decoder = load_vae(vae, device)
+    except (FileNotFoundError, ValueError) as e:
+        print(f'no pictures of dreams: {e}')
 val_frames, val_action = val_clips.batch(val_clips.fixed(num_val_clips))
 
 
@@ -259,10 +269,12 @@ def validation_loss():
 
 def dream_picture():
     """Held-out clips, truth above dream, as a picture."""
+    if channels != 3 and not decoder:
+        return
     x0, action = to_model(val_frames[:8], device), val_action[:8].to(device)
     with autocast:
         dreamed = dream(ema, diffusion, x0, action, context_frames, sample_steps)
-    sheet = contact_sheet({'truth': to_pixels(x0), 'dream': to_pixels(dreamed)})
+    sheet = contact_sheet({'truth': to_pixels(x0, decoder), 'dream': to_pixels(dreamed, decoder)})
     Image.fromarray(sheet).save(os.path.join(out_dir, f'dream_{step:07d}.png'))
     board and board.add_image('dream', sheet, step, dataformats='HWC')
 

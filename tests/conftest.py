@@ -1,5 +1,9 @@
 """What the command-line tests share: a small collected world, a short training run, and a way to run a script."""
+import contextlib
+import io
 import os
+import runpy
+import signal
 import subprocess
 import sys
 
@@ -17,18 +21,37 @@ def run(*args, code=0):
     return done.stdout + done.stderr
 
 
+def inline(*args, code=0):
+    """What `run` does, in this process, which saves starting one: returns the output, with the error's line if any."""
+    out, handlers = io.StringIO(), {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+    before, sys.argv = (sys.argv, os.getcwd()), [os.path.join(ROOT, args[0]), *map(str, args[1:])]
+    message = None
+    os.chdir(ROOT)
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
+            runpy.run_path(sys.argv[0], run_name='__main__')
+    except SystemExit as e:
+        message = e.code
+    finally:
+        sys.argv, folder = before
+        os.chdir(folder)
+        for s, handler in handlers.items():
+            signal.signal(s, handler)
+    text = out.getvalue() + (message if isinstance(message, str) else '')
+    assert (1 if isinstance(message, str) else message or 0) == code, text
+    return text
+
+
 def error(*args):
     """Run a script that must fail with one line, not with a traceback; returns the line."""
-    out = run(*args, code=1)
-    assert 'Traceback' not in out, out
-    return out.strip().splitlines()[-1]
+    return inline(*args, code=1).splitlines()[-1]
 
 
 @pytest.fixture(scope='session')
 def wall(tmp_path_factory):
     """A small prepared wall dataset."""
     root = str(tmp_path_factory.mktemp('data') / 'wall')
-    run('data.py', 'wall', f'--root={root}', '--episodes=20', '--image_size=16', '--workers=2')
+    run('data.py', 'wall', f'--out={root}', '--episodes=20', '--image_size=16', '--workers=2')
     return root
 
 

@@ -101,19 +101,19 @@ def test_fixed_validation_clips_are_fixed(wall):
 
 def test_collection_does_not_depend_on_the_number_of_workers(wall, tmp_path):
     root = str(tmp_path / 'wall')
-    run('data.py', 'wall', f'--root={root}', '--episodes=20', '--image_size=16', '--workers=1')
+    run('data.py', 'wall', f'--out={root}', '--episodes=20', '--image_size=16', '--workers=1')
     for split in ('train', 'val'):
         for name in ('frames', 'actions', 'episodes'):
             a, b = (open(os.path.join(r, split, f'{name}.npy'), 'rb').read() for r in (wall, root))
             assert a == b
     assert not os.path.exists(root + '.partial')
-    assert 'is there already' in error('data.py', 'wall', f'--root={root}')
+    assert 'is there already' in error('data.py', 'wall', f'--out={root}')
 
 
 def test_pusht_is_collected_and_pushes(tmp_path):
     pytest.importorskip('gym_pusht')
     root = str(tmp_path / 'pusht')
-    run('data.py', 'pusht', f'--root={root}', '--episodes=4', '--image_size=32', '--workers=2')
+    run('data.py', 'pusht', f'--out={root}', '--episodes=4', '--image_size=32', '--workers=2')
     with open(os.path.join(root, 'meta.json')) as f:
         assert json.load(f)['contact_share'] > 0.4
     frames, action = Clips(root, 'train', 4, frame_interval=5, normalize=True).batch([0, 1])

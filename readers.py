@@ -1,0 +1,329 @@
+"""Published datasets as they are on disk: each reader lists the episodes of a folder and reads one at a time.
+
+    rt1, lerobot                      LeRobot v2.0, v2.1 and v3.0: parquet and video
+    csgo                              Counter-Strike deathmatch (Pearce & Zhu 2021): HDF5
+    dino_point_maze, dino_wall, ...   the five DINO-WM sets (Zhou et al. 2024): .pth, .pkl and video
+    clips                             your own recordings: a folder of clips with their actions beside them
+
+A reader returns a Source. These files come from strangers: nothing in them is ever run. `data.py` does the rest.
+"""
+import bisect
+import csv
+import functools
+import glob
+import io
+import json
+import os
+import pickle
+import re
+from collections.abc import Callable
+from typing import NamedTuple
+
+import imageio.v3 as iio
+import numpy as np
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+ROOTS = {'rt1': 'RT1_DATA_ROOT', 'csgo': 'CSGO_DATA_DIR'}  # where a reader looks without --root
+DINO_WM = {'point_maze': 'point_maze', 'wall': 'wall_single', 'pusht': 'pusht_noise',
+           'rope': 'deformable/rope', 'granular': 'deformable/granular'}
+ROOTS |= {f'dino_{name}': 'DATASET_DIR' for name in DINO_WM}
+VIDEO = ('.mp4', '.mkv', '.webm', '.mov', '.avi')
+
+
+class Episode(NamedTuple):
+    name: str  # how a person would find it again: a path, or a path and a number
+    length: int  # frames
+    key: tuple  # what `read` needs
+    split: str = ''  # train or val; '' if the publisher does not say
+    start: int = -1  # the published first frame of its fixed validation clip
+
+
+class Source(NamedTuple):
+    """Episodes, numbers per action, and read(key) -> frames uint8 [T,H,W,3], actions float [T,A]."""
+    episodes: list
+    action_dim: int
+    read: Callable
+
+
+class Missing(Exception):
+    """The folder is not what the reader expects, or a package is not installed: one line to show."""
+
+
+def extra(module, package=None):
+    """Import a module that only this dataset needs."""
+    try:
+        return __import__(module, fromlist=['_'])
+    except ImportError as e:
+        raise Missing(f'reading this dataset needs {module}: pip install {package or module}') from e
+
+
+def one_of(root, *patterns):
+    """The first file that matches one of the patterns under root."""
+    for pattern in patterns:
+        if found := sorted(glob.glob(os.path.join(glob.escape(root), pattern), recursive=True)):
+            return found[0]
+    there = ', '.join(sorted(os.listdir(root))[:8]) or 'nothing' if os.path.isdir(root) else 'no such folder'
+    raise Missing(f'{root}: looked there for {" or ".join(patterns)} and found {there}')
+
+
+def read_video(path, first, count):
+    """Frames first to first + count as uint8 [count,H,W,3]; seeks once, then decodes in order."""
+    extra('av')
+    frames = []
+    with iio.imopen(path, 'r', plugin='pyav') as f:
+        try:
+            for i in range(first, first + count):
+                frames.append(f.read(index=i))
+        except (StopIteration, EOFError, IndexError):
+            raise ValueError(f'{os.path.basename(path)} ends at frame {first + len(frames)}, '
+                             f'before {first + count}') from None
+    return np.stack(frames)
+
+
+# -----------------------------------------------------------------------------
+# LeRobot
+
+def lerobot(root, image_key, action_key='action'):
+    parquet = extra('pyarrow.parquet', 'pyarrow')
+    with open(one_of(root, 'meta/info.json')) as f:
+        info = json.load(f)
+    features = info['features']
+    cameras = [k for k, v in features.items() if v['dtype'] in ('video', 'image')]
+    if image_key not in cameras or action_key not in features:
+        raise Missing(f'{root}/meta/info.json: no camera {image_key!r} with {action_key!r}; '
+                      f'its cameras are {", ".join(cameras) or "none"}: choose one with --image_key=')
+    packed = not info['codebase_version'].startswith('v2')  # v3.0 keeps many episodes in one file
+    if packed:
+        one_of(root, 'meta/episodes/*/*.parquet')
+        rows = [row for path in sorted(glob.glob(f'{glob.escape(root)}/meta/episodes/*/*.parquet'))
+                for row in parquet.read_table(path, columns=[
+                    c for c in parquet.read_schema(path).names if not c.startswith('stats/')]).to_pylist()]
+    else:
+        with open(one_of(root, 'meta/episodes.jsonl')) as f:
+            rows = [json.loads(line) for line in f if line.strip()]
+
+    def place(row):
+        """(data file, video file, first frame in the video) of an episode."""
+        i = row['episode_index']
+        if not packed:
+            names = dict(episode_index=i, episode_chunk=i // info['chunks_size'], video_key=image_key)
+            return info['data_path'].format(**names), (info.get('video_path') or '').format(**names), 0
+        prefix = f'videos/{image_key}'
+        video = info['video_path'] and info['video_path'].format(
+            video_key=image_key, chunk_index=row.get(f'{prefix}/chunk_index', 0),
+            file_index=row.get(f'{prefix}/file_index', 0))
+        return (info['data_path'].format(chunk_index=row['data/chunk_index'], file_index=row['data/file_index']),
+                video, round(row.get(f'{prefix}/from_timestamp', 0) * info['fps']))
+
+    @functools.lru_cache(maxsize=1)
+    def table(path):
+        columns = ['episode_index', action_key] + [image_key] * (features[image_key]['dtype'] == 'image')
+        t = parquet.read_table(os.path.join(root, path), columns=columns)
+        return t['episode_index'].to_numpy(), t
+
+    def read(key):
+        i, length, data, video, first = key
+        index, t = table(data)
+        rows = np.flatnonzero(index == i)
+        if len(rows) != length:
+            raise ValueError(f'{data} has {len(rows)} rows of it, not {length}')
+        t = t.slice(rows[0], length)
+        if features[image_key]['dtype'] == 'image':
+            frames = np.stack([np.asarray(Image.open(io.BytesIO(x['bytes'])).convert('RGB'))
+                               for x in t[image_key].to_pylist()])
+        else:
+            frames = read_video(os.path.join(root, video), first, length)
+        return frames, np.array(t[action_key].to_pylist()).reshape(length, -1)
+
+    episodes = [Episode(f'{root} episode {r["episode_index"]}', r['length'],
+                        (r['episode_index'], r['length'], *place(r))) for r in rows]
+    return Source(episodes, int(np.prod(features[action_key]['shape'])), read)
+
+
+# -----------------------------------------------------------------------------
+# CSGO
+
+def csgo(root, train_list='', val_list='', val_starts=''):
+    """The published split is two text files, a file name in each line, and an .npy with a start for each of val's."""
+    h5py = extra('h5py')
+    one_of(root, '**/hdf5_dm_july2021_*.hdf5')
+    found = glob.glob(f'{glob.escape(root)}/**/hdf5_dm_july2021_*.hdf5', recursive=True)
+    found = {os.path.basename(p): p for p in sorted(found, key=lambda p: int(re.search(r'(\d+)\.hdf5$', p)[1]))}
+    split, start = {}, {}
+    for name, path in (('train', train_list), ('val', val_list)):
+        if path:
+            with open(path) as f:
+                listed = [os.path.splitext(os.path.basename(line.strip()))[0] + '.hdf5' for line in f if line.strip()]
+            split |= dict.fromkeys(listed, name)
+            if name == 'val' and val_starts:
+                starts = np.load(val_starts, allow_pickle=False).ravel()
+                if len(starts) != len(listed):
+                    raise Missing(f'{val_starts} has {len(starts)} starts for the {len(listed)} files of {path}')
+                start = dict(zip(listed, starts.tolist(), strict=True))
+    if split:
+        absent = [name for name in split if name not in found]
+        if absent:
+            print(f'{root}: {len(absent)} of the {len(split)} listed files are not there, {absent[0]} for one')
+        found = {name: path for name, path in found.items() if name in split}
+
+    def length(path):
+        try:
+            with h5py.File(path) as f:
+                return bisect.bisect_left(range(1000), True, key=lambda i: f'frame_{i}_x' not in f)
+        except OSError:
+            return 1000  # broken: reading it will say so by name
+
+    def read(key):
+        with h5py.File(key[0]) as f:
+            frames = np.stack([f[f'frame_{i}_x'][:] for i in range(key[1])])
+            return frames[..., ::-1], np.stack([f[f'frame_{i}_y'][:] for i in range(key[1])])  # stored as BGR
+
+    episodes = []
+    for name, path in tqdm(found.items(), desc='looking into files', unit='file', leave=False):
+        n = length(path)
+        episodes.append(Episode(path, n, (path, n), split.get(name, ''), start.get(name, -1)))
+    return Source(episodes, 51, read)
+
+
+# -----------------------------------------------------------------------------
+# DINO-WM
+
+class PlainUnpickler(pickle.Unpickler):
+    """Lists, numbers and numpy arrays; anything else in the file is refused before it can do something."""
+    ALLOWED = {'_reconstruct', '_frombuffer', 'ndarray', 'dtype', 'scalar'}
+
+    def find_class(self, module, name):
+        if module.split('.')[0] == 'numpy' and name in self.ALLOWED:
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f'it holds a {module}.{name}; only lists, numbers and arrays are read')
+
+
+def load_plain(path):
+    """The numbers in a .pkl, or the tensor or array in a .pth, as an array."""
+    rebuild = np.zeros(0).__reduce__()[0]  # numpy's own, wherever this version keeps it and older files look for it
+    names = [(rebuild, f'numpy.{m}.multiarray._reconstruct') for m in ('core', '_core')]
+    dtypes = [type(np.dtype(d)) for d in ('u1', 'i4', 'i8', 'f4', 'f8')]
+    try:
+        if path.endswith('.pkl'):
+            with open(path, 'rb') as f:
+                return np.asarray(PlainUnpickler(f).load())
+        with torch.serialization.safe_globals([*names, np.ndarray, np.dtype, *dtypes]):
+            return np.asarray(torch.load(path, map_location='cpu', weights_only=True))
+    except (pickle.UnpicklingError, EOFError, RuntimeError) as e:
+        raise Missing(f'{path} cannot be read: {str(e).splitlines()[0]}') from e
+
+
+def dino_wm(root, name, relative_actions=True):
+    for folder in (os.path.join(root, DINO_WM[name]), root):  # the folder of all sets, or this one
+        if os.path.isdir(folder):
+            root = folder
+            break
+    episodes, actions = [], {}
+    parts = {'train': f'{root}/train', 'val': f'{root}/val'} if name == 'pusht' else {'': root}
+    for split, part in parts.items():
+        stem = {True: 'rel_actions', False: 'abs_actions'}[relative_actions] if name == 'pusht' else 'actions'
+        actions[split] = load_plain(one_of(part, f'{stem}.pth')).astype(np.float32)
+        if name == 'pusht':
+            actions[split] = actions[split] / 100  # from pixels of its 512-wide table
+        N, T = actions[split].shape[:2]
+        lengths = [T] * N
+        if name in ('point_maze', 'wall', 'pusht'):
+            files = glob.glob(f'{glob.escape(part)}/seq_lengths.p*')  # where all are equally long there may be none
+            lengths = [int(n) for n in load_plain(files[0])] if files else lengths
+            one_of(part, 'obses/episode_*.*')
+            paths = [f'{part}/obses/episode_{i:03d}.{"mp4" if name == "pusht" else "pth"}' for i in range(N)]
+        else:
+            one_of(part, '[0-9]*/obses.pth')
+            paths = [f'{part}/{i:06d}/obses.pth' for i in range(N)]
+        episodes += [Episode(path, lengths[i], (path, split, i, lengths[i]), split) for i, path in enumerate(paths)]
+
+    def read(key):
+        path, split, i, length = key
+        frames = read_video(path, 0, length) if path.endswith('mp4') else load_plain(path)[:length]
+        if frames.dtype != np.uint8:  # some were saved as float
+            frames = (frames * (255 if frames.max() <= 1 else 1)).round().astype(np.uint8)
+        if len(frames) != length:
+            raise ValueError(f'it has {len(frames)} frames, not {length}')
+        return frames, actions[split][i, :length]
+
+    return Source(episodes, next(iter(actions.values())).shape[2], read)
+
+
+# -----------------------------------------------------------------------------
+# your own recordings
+
+def clips(root):
+    """name.mp4 (or .gif, .npy [T,H,W,3], a folder of images), with name.npy or name.csv: a row of numbers per frame."""
+    if not os.path.isdir(root):
+        raise Missing(f'{root}: no such folder; expected clips (name.mp4, name.gif, name.npy or a folder of images) '
+                      'with their actions in name.npy or name.csv')
+
+    def natural(s):
+        return [int(x) if x.isdigit() else x for x in re.split(r'(\d+)', s)]
+
+    def images(path):
+        return sorted((p for p in glob.glob(f'{glob.escape(path)}/*')
+                       if os.path.splitext(p)[1].lower() in Image.registered_extensions()), key=natural)
+
+    def load_actions(path):
+        if path.endswith('.npy'):
+            values = np.load(path, allow_pickle=False)
+        else:
+            with open(path, newline='') as f:
+                rows = [row for row in csv.reader(f) if row]
+            try:
+                float(rows[0][0])
+            except ValueError:
+                rows = rows[1:]  # the first line names the columns
+            values = np.array(rows, dtype=np.float32)
+        return values.reshape(len(values), -1)
+
+    def frames_of(path):
+        if os.path.isdir(path):
+            return np.stack([np.asarray(Image.open(p).convert('RGB')) for p in images(path)])
+        if path.endswith('.npy'):
+            return np.load(path, mmap_mode='r', allow_pickle=False)
+        if path.endswith('.gif'):
+            return iio.imread(path, plugin='pillow', mode='RGB', index=None)
+        extra('av')
+        return iio.imread(path, plugin='pyav')
+
+    def count(path):
+        if os.path.isdir(path):
+            return len(images(path))
+        if path.lower().endswith(VIDEO):
+            extra('av')
+            return iio.improps(path, plugin='pyav').n_images or len(frames_of(path))
+        return len(frames_of(path)) if path.endswith('.npy') else iio.improps(path, plugin='pillow', index=...).n_images
+
+    episodes, action_dim = [], 0
+    for name in sorted(os.listdir(root), key=natural):
+        path, (stem, ext) = os.path.join(root, name), os.path.splitext(os.path.join(root, name))
+        video = ext.lower() in (*VIDEO, '.gif') or os.path.isdir(path) and images(path)
+        if not video and not (ext == '.npy' and np.load(path, mmap_mode='r', allow_pickle=False).ndim == 4):
+            continue
+        stem = path if os.path.isdir(path) else stem
+        beside = [p for p in (f'{stem}.npy', f'{stem}.csv') if os.path.exists(p) and p != path]
+        if not beside:
+            raise Missing(f'{path} has no actions beside it: expected {stem}.npy or {stem}.csv, a row for each frame')
+        action_dim = action_dim or load_actions(beside[0]).shape[1]
+        try:
+            length = count(path)
+        except Exception:
+            length = len(load_actions(beside[0]))  # broken: reading it will say so by name
+        episodes.append(Episode(path, length, (path, beside[0], length)))
+    if not episodes:
+        raise Missing(f'{root}: no clips there; looked for {", ".join(VIDEO)}, .gif, .npy and folders of images')
+
+    def read(key):
+        path, beside, length = key
+        frames, values = frames_of(path), load_actions(beside)
+        if len(values) == len(frames) - 1:  # nothing was done at the last frame
+            values = np.concatenate([values, values[-1:]])
+        if len(frames) != len(values) or len(frames) != length:
+            raise ValueError(f'{len(frames)} frames, but {len(values)} actions in {os.path.basename(beside)}')
+        return np.asarray(frames), values
+
+    return Source(episodes, action_dim, read)
