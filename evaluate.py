@@ -18,7 +18,7 @@ from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 from data import to_model
-from sample import dream, held_out, load_decoder, load_run
+from sample import beside, dream, held_out, load_decoder, load_run
 
 MAX_PSNR = 58.92  # 10 log10(12 * 255^2): the error of rounding to 8 bits; an identical frame scores this, not infinity
 
@@ -106,7 +106,7 @@ def curve_picture(curves, first, size=(480, 300)):
 if __name__ == '__main__':
     from configurator import configure
     # settings -----------------------------------------------------------------
-    ckpt = 'out/wall'  # run folder or checkpoint file
+    ckpt = 'out/wall'  # run folder, checkpoint file or Hugging Face id
     dataset = ''  # prepared dataset; '' is the one the model was trained on
     out_dir = ''  # where metrics.json and metrics.png go; '' is beside the checkpoint
     num_clips = 256  # fixed held-out clips
@@ -117,10 +117,18 @@ if __name__ == '__main__':
     seed = 42  # of the choice of clips
     vae = ''  # decodes latents: folder or file; '' is $VAE_MODEL_PATH or pretrained/sd-vae-ft-mse
     device = ''  # cpu, cuda, mps; '' is the best there is
+    # what only a checkpoint that train.py did not write has to be told
+    pred_name: str = None  # epsilon, x, v or flow
+    frame_interval: int = None
+    normalize_action: bool = None  # None is no
+    injection: str = None  # adaln_fuse, if it is that: its weights look like those of additive
+    causal: bool = None  # False, if time attention was not
     # --------------------------------------------------------------------------
     configure(globals())
     start = time.perf_counter()
-    model, diffusion, cfg = load_run(ckpt, device)
+    model, diffusion, cfg = load_run(ckpt, device, dataset, context_frames, pred_name=pred_name,
+                                     frame_interval=frame_interval, normalize_action=normalize_action,
+                                     injection=injection, causal=causal)
     num_frames, context_frames = num_frames or cfg['num_frames'], context_frames or cfg['context_frames']
     num_steps = num_steps or cfg['sample_steps']
     if num_clips < 2 or num_steps < 1 or batch_size < 1:
@@ -136,7 +144,7 @@ if __name__ == '__main__':
     curves = {k: v.mean(dim=0).tolist() for k, v in scores.items()}
     metrics |= dict(num_clips=len(scores['psnr']), seconds=time.perf_counter() - start, num_frames=num_frames,
                     context_frames=context_frames, num_steps=num_steps, ckpt=ckpt, per_frame=curves)
-    out_dir = out_dir or (ckpt if os.path.isdir(ckpt) else os.path.dirname(ckpt))
+    out_dir = out_dir or beside(ckpt)
     os.makedirs(out_dir or '.', exist_ok=True)
     with open(os.path.join(out_dir, 'metrics.json'), 'w') as f:
         json.dump(metrics, f, indent=1)

@@ -6,16 +6,12 @@ broadcast over that frame's patches. Read `NanoWM.forward` first, then `Block`, 
 
 DiT: Peebles & Xie 2023 (arXiv 2212.09748). Diffusion forcing: Chen et al. 2024 (arXiv 2407.01392).
 """
-import json
 import math
-import os
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 INJECTIONS = ('additive', 'adaln', 'adaln_fuse', 'film', 'cross_attention')
 SIZES = {  # B/2 in the tables is size B with patch_size 2
@@ -301,61 +297,3 @@ class NanoWM(nn.Module):
             if b.injection == 'cross_attention' and b.temporal:
                 per_token += 2 * 2 * D * D + 4 * D * (N + 1) / 2
         return N * (per_frame + P * per_token)
-
-
-# -----------------------------------------------------------------------------
-# checkpoints: one safetensors file holds the weights under their own names, the model's config as JSON metadata and,
-# under "train.", whatever the training loop needs to go on. Writing is atomic: a kill leaves the old file or the new.
-
-def save_checkpoint(path, state, config, **meta):
-    """Write tensors `state` {name: tensor} with the model `config` and JSON-able `meta` to `path`, atomically."""
-    state = {k: v.detach().cpu().contiguous() for k, v in state.items()}
-    info = {'config': json.dumps(asdict(config)), 'meta': json.dumps(meta)}
-    tmp = f'{path}.tmp'
-    save_file(state, tmp, metadata=info)
-    with open(tmp, 'rb') as f:
-        os.fsync(f.fileno())
-    os.chmod(tmp, 0o644)  # save_file leaves it readable by its owner only
-    os.replace(tmp, path)
-
-
-def read_checkpoint(path, train=False):
-    """(state, config, meta) of a checkpoint; its tensors under "train." only if asked for.
-
-    `path` is a file or a run folder, which stands for its latest.safetensors.
-    Raises FileNotFoundError or ValueError with one line that says what to do.
-    """
-    if os.path.isdir(path):
-        path = os.path.join(path, 'latest.safetensors')
-    if not os.path.exists(path):
-        raise FileNotFoundError(f'no checkpoint at {path}: train one with python train.py, or check --ckpt')
-    try:
-        with safe_open(path, 'pt') as f:
-            info = f.metadata() or {}
-            state = {k: f.get_tensor(k) for k in f.keys() if train or not k.startswith('train.')}
-    except (SafetensorError, OSError) as e:
-        raise ValueError(f'{path} is not a readable safetensors file ({e}); restore it or use another one') from e
-    try:
-        return state, NanoWMConfig(**json.loads(info['config'])), json.loads(info['meta'])
-    except (KeyError, TypeError) as e:
-        raise ValueError(f'{path} holds no config of a model ({e}): was it written by train.py?') from e
-
-
-def load_model(path, device='cpu'):
-    """The model of a checkpoint (its EMA weights), in eval mode, and the metadata saved beside it."""
-    state, config, meta = read_checkpoint(path)
-    model = NanoWM(config)
-    load_weights(model, state, path)
-    return model.to(device).eval(), meta
-
-
-def load_weights(model, state, path):
-    """load_state_dict(strict=True) with an error of one line: which file, which tensors, which shapes."""
-    want = {k: tuple(v.shape) for k, v in model.state_dict().items()}
-    have = {k: tuple(v.shape) for k, v in state.items()}
-    wrong = [f'{k} is {have.get(k, "missing")}, not {want.get(k, "expected")}'
-             for k in sorted({*want, *have}) if want.get(k) != have.get(k)]
-    if wrong:
-        more = f' and {len(wrong) - 10} more' if len(wrong) > 10 else ''
-        raise ValueError(f'{path} does not fit this model: {"; ".join(wrong[:10])}{more}')
-    model.load_state_dict(state)

@@ -24,10 +24,11 @@ from PIL import Image
 from torch.nn.parallel import DistributedDataParallel as DDP
 from tqdm import tqdm
 
+from checkpoint import load_weights, read_checkpoint, save_checkpoint
 from configurator import configure
 from data import Clips, pick_device, to_model
 from diffusion import Diffusion
-from model import SIZES, NanoWM, NanoWMConfig, load_weights, read_checkpoint, save_checkpoint
+from model import SIZES, NanoWM, NanoWMConfig
 from sample import contact_sheet, dream, to_pixels
 from vae import load_vae
 
@@ -35,6 +36,7 @@ from vae import load_vae
 # run
 out_dir = 'out/wall'
 resume = False  # go on from out_dir/latest.safetensors
+init_from = ''  # weights to start from at step 0: a run folder, a checkpoint file or a Hugging Face id
 seed = 3407
 device = ''  # cpu, cuda, mps; '' is the best there is
 dtype = ''  # fp32, bf16 or fp16 autocast; '' is bf16 on CUDA, else fp32
@@ -172,6 +174,12 @@ if resume:
     del state, average, adam
 elif os.path.exists(latest):
     sys.exit(f'{latest} is there already: add --resume=True to go on, or choose another --out_dir')
+elif init_from:
+    try:
+        load_weights(model, read_checkpoint(init_from)[0], init_from)
+    except (FileNotFoundError, ValueError) as e:
+        sys.exit(str(e))
+    ema.load_state_dict(model.state_dict())
 
 net = torch.compile(model) if compile else model
 if world_size > 1:

@@ -44,7 +44,7 @@ def inline(*args, code=0):
 
 def error(*args):
     """Run a script that must fail with one line, not with a traceback; returns the line."""
-    return inline(*args, code=1).splitlines()[-1]
+    return (inline if args[0].endswith('.py') else run)(*args, code=1).splitlines()[-1]
 
 
 @pytest.fixture(scope='session')

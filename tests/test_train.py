@@ -13,8 +13,8 @@ from conftest import ROOT, TRAIN, error, run
 from PIL import Image
 from safetensors.torch import load_file
 
+from checkpoint import load_model
 from evaluate import MAX_PSNR, psnr, ssim
-from model import load_model
 
 
 def steps_of(out):
