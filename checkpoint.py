@@ -44,29 +44,26 @@ def read_checkpoint(path, train=False):
     train=True adds the tensors under "train.". Raises FileNotFoundError or ValueError with one line on what to do.
     """
     path = find(path)
-    kind, info = 'safetensors' if path.endswith('.safetensors') else 'PyTorch (1.6 or newer)', {}
+    config, meta = None, {}
     try:
-        if kind != 'safetensors':
-            state = read_pickle(path)
-        else:
+        if path.endswith('.safetensors'):
             with safe_open(path, 'pt') as f:
-                info, keys = f.metadata() or {}, f.keys()
-                own = {k: k for k in keys if train or not k.startswith('train.')}
-                names = own if 'meta' in info else model_names(keys)
+                info, names = f.metadata() or {}, model_names(f.keys())
+                if 'meta' in info:
+                    config, meta = NanoWMConfig(**json.loads(info['config'])), json.loads(info['meta'])
+                    names = {k: k for k in f.keys() if train or not k.startswith('train.')}
                 state = {name: f.get_tensor(k) for name, k in names.items()}
+        else:
+            state = read_pickle(path)
     except Exception as e:  # a broken or hostile file can raise anything
+        kind = 'safetensors' if path.endswith('.safetensors') else 'PyTorch (1.6 or newer)'
         why = ' '.join(f'{type(e).__name__}: {e}'.split())
         raise ValueError(f'{path} is not a readable {kind} file ({why}); restore it or use another one') from e
     if not state:
         raise ValueError(f'{path} holds no weights of a NanoWM: x_embedder.proj.weight is missing')
-    if 'meta' not in info:
-        if train:
-            raise ValueError(f'{path} was not written by train.py: start from it with --init_from, not --resume')
-        return state, None, {}
-    try:
-        return state, NanoWMConfig(**json.loads(info['config'])), json.loads(info['meta'])
-    except (KeyError, TypeError) as e:
-        raise ValueError(f'{path} holds no config of a model ({e}): was it written by train.py?') from e
+    if train and not config:
+        raise ValueError(f'{path} was not written by train.py: start from it with --init_from, not --resume')
+    return state, config, meta
 
 
 def load_model(path, device='cpu', injection=None, causal=None):
@@ -165,7 +162,7 @@ def read_pickle(path):
 
         @functools.cache  # tensors may share a storage
         def read(dtype, key):
-            return torch.frombuffer(bytearray(archive.read(index.replace('data.pkl', f'data/{key}'))), dtype=dtype)
+            return torch.frombuffer(bytearray(archive.read(index.removesuffix('.pkl') + f'/{key}')), dtype=dtype)
 
         names = model_names(tensors)
         return {name: read(*tensors[k].storage).as_strided(*tensors[k][1:]) for name, k in names.items()}
