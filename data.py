@@ -433,5 +433,5 @@ if __name__ == '__main__':
         settings = dict(name=name, kind=what, image_size=image_size, val_share=val_share, val_clips=val_clips,
                         val_frames=val_frames, seed=seed)
         convert(source, out, settings, load_vae(vae, pick_device(device)) if latents else None)
-    except (readers.Missing, FileNotFoundError, ValueError) as e:
+    except (readers.Missing, OSError, ValueError) as e:
         sys.exit(str(e) + ('; --latents=False keeps pixels' if 'sd-vae' in str(e) else ''))
