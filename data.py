@@ -139,6 +139,31 @@ def pick_device(name=''):
         sys.exit(f'device={name!r} is not available here; try --device={best}')
 
 
+class RandomClips:
+    """Random numbers with the interface of Clips: an endless dataset of no size, for benchmarks and trying configs.
+
+    frame_shape (C,H,W): 3 channels make uint8 pixels, others normal latents as float16. A clip is a window of one pool.
+    """
+    mean, std, stretches = np.float32(0), np.float32(1), None
+    fixed = Clips.fixed
+
+    def __init__(self, frame_shape, num_frames, action_dim, count=64):
+        rng = np.random.default_rng(0)
+        shape = (count + num_frames - 1, *frame_shape)
+        frames = (rng.integers(256, size=shape, dtype=np.uint8) if frame_shape[0] == 3 else
+                  rng.standard_normal(shape, np.float32).astype(np.float16))
+        self.frames, self.actions = frames, rng.standard_normal((len(frames), action_dim), np.float32)
+        self.num_frames, self.action_dim, self.count = num_frames, action_dim, count
+
+    def __len__(self):
+        return self.count
+
+    def batch(self, clips):
+        """Clips by number [B] -> frames [B,F,C,H,W], action float32 [B,F,A]."""
+        rows = np.asarray(clips)[:, None] + np.arange(self.num_frames)
+        return torch.from_numpy(self.frames[rows]), torch.from_numpy(self.actions[rows])
+
+
 def to_model(frames, device='cpu'):
     """Stored frames on `device` as float32: uint8 pixels become [-1, 1], latents stay as they are."""
     if torch.device(device).type == 'cuda':
