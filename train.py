@@ -45,7 +45,7 @@ seed = 3407
 device = ''  # cpu, cuda, mps; '' is the best there is
 dtype = ''  # fp32, bf16 or fp16 autocast; '' is bf16 on CUDA, else fp32
 compile = False  # torch.compile the model
-fsdp = False  # under torchrun: cut weights, gradients, moments and EMA into one shard per process
+fsdp = False  # under torchrun: one shard of weights, gradients, moments and EMA each; bf16 wants grad_checkpoint too
 grad_checkpoint = False  # compute every block again in the backward pass instead of keeping its activations
 # data
 dataset = 'data/wall'  # made by data.py
@@ -113,10 +113,11 @@ kind = device.split(':')[0]
 if kind == 'cuda':
     device = f'cuda:{local_rank}' if world_size > 1 else device
     torch.cuda.set_device(device)
+# a worker that torchrun restarts goes on by itself
 restarts = torch.tensor(int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)), device=device)
 if world_size > 1:
     dist.init_process_group('nccl' if kind == 'cuda' else 'gloo')
-    dist.all_reduce(restarts, dist.ReduceOp.MAX)  # torchrun counts them on the node that failed
+    dist.all_reduce(restarts, dist.ReduceOp.MAX)  # each node counts its own
 elif fsdp:
     sys.exit('fsdp=True cuts a model among processes and here is one: start them with torchrun --nproc_per_node=N')
 dtype = dtype or ('bf16' if kind == 'cuda' else 'fp32')
@@ -132,8 +133,8 @@ torch.manual_seed(seed)
 if real_data:
     train_clips, val_clips = (Clips(dataset, split, num_frames, frame_interval, normalize_action)
                               for split in ('train', 'val'))
-elif len(frame_shape) != 3 or not all(type(n) is int and n > 0 for n in frame_shape):
-    sys.exit(f'frame_shape={frame_shape}: expected three numbers of 1 or more: (channels, height, width)')
+elif len(frame_shape) != 3 or not all(type(n) is int and n > 0 for n in frame_shape) or action_dim < 0:
+    sys.exit(f'frame_shape={frame_shape}, action_dim={action_dim}: expected (channels, height, width), and 0 or more')
 else:
     train_clips = val_clips = RandomClips(frame_shape, num_frames, frame_interval * action_dim)
 channels, height, width = train_clips.frames.shape[1:]
@@ -199,7 +200,7 @@ elif init_from:
         sys.exit(str(e))
     ema.load_state_dict(model.state_dict())
 
-# only now to the device: what is too big for one is cut on the way
+# only now to the device: a model too big for one is cut on the way, block by block
 if grad_checkpoint:
     for block in model.blocks:
         block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)

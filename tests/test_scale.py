@@ -24,7 +24,7 @@ FSDP = [*TWO, '--fsdp=True']
 def spread(wall, tmp_path_factory):
     """Options of a run of 6 steps, and its folders: in one process, and sharded over two."""
     out = str(tmp_path_factory.mktemp('spread'))
-    options = [*TRAIN, f'--dataset={wall}', '--max_steps=6', '--keep_every=3', '--val_every=3', '--num_val_clips=2',
+    options = [*TRAIN, f'--dataset={wall}', '--max_steps=6', '--keep_every=3', '--val_every=1', '--num_val_clips=2',
                '--injection=cross_attention', '--depth=3']
     run(*options, *ONE, f'--out_dir={out}/one')
     run(*TORCHRUN, *options, *FSDP, f'--out_dir={out}/fsdp')
@@ -35,8 +35,8 @@ def test_fsdp_equals_one_process_with_the_same_global_batch(spread):
     _, one, fsdp = spread
     assert_same(one, fsdp, **CLOSE)
     logs = [[json.loads(line) for line in open(os.path.join(out, 'log.jsonl'))] for out in (one, fsdp)]
-    for a, b in zip(*logs, strict=True):  # the EMA that validates is the one of now
-        assert all(b[k] == pytest.approx(a[k], rel=1e-4) for k in a if k not in ('clips_per_s', 'mfu'))
+    for a, b in zip(*logs, strict=True):  # and what validates is the EMA of now
+        assert all(b[k] == pytest.approx(a[k], rel=1e-5) for k in a if k not in ('clips_per_s', 'mfu'))
     a, b = (np.asarray(Image.open(os.path.join(out, 'dream_0000006.png')), int) for out in (one, fsdp))
     assert abs(a - b).max() <= 1
 
@@ -74,7 +74,7 @@ runpy.run_path(sys.argv[0], run_name='__main__')
     out = run(*TORCHRUN, '--max_restarts=1', str(suicide), *options, *TWO, f'--out_dir={tmp_path}/killed')
     assert 'exitcode: -9' in out
     assert_same(one, tmp_path / 'killed', **CLOSE)
-    assert set(steps_of(tmp_path / 'killed')) == {3, 6}
+    assert set(steps_of(tmp_path / 'killed')) == set(steps_of(one))
 
 
 def test_random_data_needs_no_dataset(tmp_path):
@@ -87,5 +87,5 @@ def test_random_data_needs_no_dataset(tmp_path):
     pixels, latents = (RandomClips((c, 8, 16), num_frames=3, action_dim=2).batch([0, 63])[0] for c in (3, 4))
     assert pixels.dtype == torch.uint8 and pixels.shape == (2, 3, 3, 8, 16)
     assert latents.dtype == torch.float16 and abs(latents.float().std() - 1) < 0.1
-    assert 'frame_shape=(8, 16): expected three numbers' in error(*options, '--frame_shape=(8,16)')
+    assert 'frame_shape=(8, 16), action_dim=7: expected' in error(*options, '--frame_shape=(8,16)')
     assert 'start them with torchrun' in error(*options, '--fsdp=True')
