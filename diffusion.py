@@ -157,21 +157,21 @@ class Diffusion(nn.Module):
     def timesteps(self, num_steps, grid='linear'):
         """A frame's way from noise to clean: integers [num_steps + 1] from T-1 down to -1.
 
-        linear: evenly spaced in t. logsnr: evenly spaced in lambda = log(alpha / sigma), from that of T-1 (or minus that
-        of t=0, if later: without any signal lambda is -inf) to that of t=0, and strictly decreasing.
+        linear: evenly spaced in t. logsnr: strictly decreasing and evenly spaced in lambda = log(alpha / sigma), from
+        that of T-1 (or minus that of t=0, if later: without any signal lambda is -inf) to that of t=0, taken as clean.
         """
         if grid == 'linear':
             return linear_grid(num_steps, self.num_timesteps)
-        if grid != 'logsnr' or num_steps > self.num_timesteps:
-            raise ValueError(f'grid={grid!r}, num_steps={num_steps}: expected linear, or logsnr and at most '
+        if grid != 'logsnr' or not 1 <= num_steps <= self.num_timesteps:
+            raise ValueError(f'grid={grid!r}, num_steps={num_steps}: expected linear, or logsnr with 1 to '
                              f'{self.num_timesteps} steps')
         lam = (self.alpha / self.sigma).log()[1:].double().cpu()  # decreasing
-        wanted = torch.linspace(max(lam[-1], -lam[0]), lam[0], num_steps, dtype=torch.float64)
-        t = (lam - wanted[:, None]).abs().argmin(dim=1).tolist()
-        t[0] = self.num_timesteps - 1
+        wanted = torch.linspace(max(lam[-1], -lam[0]), lam[0], num_steps + 1, dtype=torch.float64)
+        t = [(lam - w).abs().argmin().item() for w in wanted]
+        t[0], t[-1] = self.num_timesteps - 1, -1
         for i in range(1, num_steps):  # rounding may let two meet: leave room for those that follow
             t[i] = max(min(t[i], t[i - 1] - 1), num_steps - 1 - i)
-        return torch.tensor(t + [-1])
+        return torch.tensor(t)
 
     def step(self, x, t, s, out, eta=0.0, noise=None, before=None, x0_before=None):
         """One step of every frame from timestep t [B,F] to s: DDIM (Song et al. 2021), which for flow is Euler's.

@@ -51,8 +51,11 @@ def ssim(a, b, window=11, sigma=1.5):
     return s.mean(dim=(-2, -1)).reshape(*shape, C).mean(dim=-1)
 
 
-def evaluate(model, diffusion, clips, numbers, num_context, num_steps, batch_size=64, seed=0):
-    """PSNR and SSIM of `numbers`' predicted frames: {'psnr', 'ssim', 'copy_psnr', ...: [num_clips, predicted]}."""
+def evaluate(model, diffusion, clips, numbers, num_context, num_steps, batch_size=64, seed=0, **options):
+    """PSNR and SSIM of `numbers`' predicted frames: {'psnr', 'ssim', 'copy_psnr', ...: [num_clips, predicted]}.
+
+    options go to Diffusion.sample.
+    """
     device = model.pos_embed.device
     frames, action = clips.batch(numbers)
     scores = {f'{who}{metric}': [] for who in ('', 'copy_', 'wrong_') for metric in ('psnr', 'ssim')}
@@ -64,7 +67,7 @@ def evaluate(model, diffusion, clips, numbers, num_context, num_steps, batch_siz
             right, wrong = (a[part].to(device) for a in (action, action.roll(1, dims=0)))
             predictions = {'copy_': x0[:, num_context - 1:num_context].expand_as(x0)}
             for who, a in (('', right), ('wrong_', wrong)):
-                predictions[who] = dream(model, diffusion, x0, a, num_context, num_steps, seed=seed + i)
+                predictions[who] = dream(model, diffusion, x0, a, num_context, num_steps, seed=seed + i, **options)
                 bar.update(len(x0))
             for who, x in predictions.items():
                 for name, metric in (('psnr', psnr), ('ssim', ssim)):
@@ -109,6 +112,9 @@ if __name__ == '__main__':
     num_frames = 0  # clip length; 0 is the model's window
     context_frames = 0  # given frames; 0 is what the model was trained for
     num_steps = 0  # denoising steps per frame; 0 is the run's own
+    solver = 'ddim'  # or dpmpp: DPM-Solver++ 2M, of second order, for fewer steps
+    grid = 'linear'  # the steps' timesteps: evenly spaced in t, or logsnr
+    cache = True  # remember finished frames; False runs the whole window at every step, for the same dream
     batch_size = 64
     seed = 42  # of the choice of clips
     device = ''  # cpu, cuda, mps; '' is the best there is
@@ -124,12 +130,17 @@ if __name__ == '__main__':
     if num_frames <= context_frames:
         sys.exit(f'num_frames={num_frames} must be more than context_frames={context_frames}')
     clips = held_out(model, cfg, num_frames, dataset)
-    scores = evaluate(model, diffusion, clips, clips.fixed(num_clips, seed), context_frames, num_steps, batch_size)
+    try:
+        scores = evaluate(model, diffusion, clips, clips.fixed(num_clips, seed), context_frames, num_steps, batch_size,
+                          solver=solver, grid=grid, cache=cache)
+    except ValueError as e:
+        sys.exit(str(e))
 
     metrics = {k: v.mean().item() for k, v in scores.items()}
     curves = {k: v.mean(dim=0).tolist() for k, v in scores.items()}
     metrics |= dict(num_clips=len(scores['psnr']), seconds=time.perf_counter() - start, num_frames=num_frames,
-                    context_frames=context_frames, num_steps=num_steps, ckpt=ckpt, per_frame=curves)
+                    context_frames=context_frames, num_steps=num_steps, solver=solver, grid=grid, ckpt=ckpt,
+                    per_frame=curves)
     out_dir = out_dir or (ckpt if os.path.isdir(ckpt) else os.path.dirname(ckpt))
     os.makedirs(out_dir or '.', exist_ok=True)
     with open(os.path.join(out_dir, 'metrics.json'), 'w') as f:
