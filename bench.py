@@ -8,7 +8,6 @@ Config files are train.py's: what does not matter to speed is passed over. Print
 """
 import json
 import os
-import platform
 import resource
 import sys
 import tempfile
@@ -27,7 +26,6 @@ from sample import pick_device
 mode = 'all'  # train, rollout, data or all
 out = 'bench.json'  # file to write
 repeats = 3
-threads = 0  # of the CPU; 0 leaves it to torch
 device = ''  # cpu, cuda, mps; '' is the best there is
 dtype = ''  # fp32 or bf16 autocast; '' is bf16 on CUDA, else fp32
 compile = False  # torch.compile the model
@@ -46,8 +44,7 @@ depth = 4
 num_heads = 4
 injection = 'additive'
 pred_name = 'v'
-# training
-batch_size = 8  # clips per step
+batch_size = 8  # clips per training step
 # rollouts
 context_frames = 1  # given frames
 rollout_frames = 0  # context included; 0 is the model's window
@@ -55,8 +52,6 @@ history = 0  # frames that a window which slid keeps; 0 is all but one
 rollouts = 1  # at once
 sample_steps = 10  # per frame
 schedule = 'sequential'
-solver = 'ddim'
-grid = 'linear'
 cem_rollouts = 8  # from one shared context frame, as planning asks for
 cem_frames = 5  # dreamed by each
 cem_steps = 4  # per frame
@@ -70,7 +65,6 @@ if model_size and model_size not in SIZES:
 total = rollout_frames or num_frames
 if num_frames < 2 or not 1 <= context_frames < total:
     sys.exit(f'num_frames={num_frames}, context_frames={context_frames}: expected 2 or more, and 1 to {total - 1}')
-torch.set_num_threads(threads or torch.get_num_threads())
 device = pick_device(device)
 kind = device.split(':')[0]
 dtype = dtype or ('bf16' if kind == 'cuda' else 'fp32')
@@ -80,8 +74,7 @@ if not number:
 autocast = torch.autocast(kind, number, enabled=dtype != 'fp32')
 torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
 torch.manual_seed(0)
-name = {'cuda': torch.cuda.get_device_name, 'mps': platform.processor}.get(
-    kind, lambda: f'{platform.machine()} CPU, {torch.get_num_threads()} threads')()
+name = torch.cuda.get_device_name() if kind == 'cuda' else f'{kind}, {torch.get_num_threads()} threads'
 result = {'device': name, 'dtype': dtype, 'torch': torch.__version__, 'settings': config}
 print(f'{name}, {dtype}, torch {torch.__version__}{", compiled" if compile else ""}')
 
@@ -128,7 +121,7 @@ try:
     model, diffusion = build(num_frames), Diffusion(pred_name).to(device)
 except ValueError as e:
     sys.exit(str(e))
-net = torch.compile(model) if compile else model
+net = torch.compile(model, disable=not compile)
 
 if mode in ('train', 'all'):
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=kind != 'mps')
@@ -168,8 +161,7 @@ if mode in ('data', 'all'):
 
 def compare(title, net, context, action, num_frames, num_steps, **options):
     """Frames/s of a rollout, cached and plain in turns, and how far the two outputs are apart."""
-    noise = torch.randn(len(action), num_frames, *context.shape[2:], device=device)
-    videos = {}
+    noise, videos = torch.randn(len(action), num_frames, *context.shape[2:], device=device), {}
 
     def roll(cache, num_steps=num_steps):
         with autocast:
@@ -192,15 +184,14 @@ def compare(title, net, context, action, num_frames, num_steps, **options):
 if mode in ('rollout', 'all'):
     noise = lambda *shape: torch.randn(*shape, device=device)  # noqa: E731
     compare('rollout', net, noise(rollouts, context_frames, *size), noise(rollouts, total, A), total, sample_steps,
-            schedule=schedule, solver=solver, grid=grid, history=history or None)
+            schedule=schedule, history=history or None)
     past = history or num_frames - 1  # one interactive frame: from an action to the picture it leads to
     context, action = noise(1, past, *size), noise(1, past + 1, A)
-    frame = lambda: diffusion.sample(net, context, action, past + 1, sample_steps, solver=solver)  # noqa: E731
+    frame = lambda: diffusion.sample(net, context, action, past + 1, sample_steps)  # noqa: E731
     with autocast:
         report('one_frame', 1e3 * min([seconds(frame) for _ in range(repeats + 1)][1:]), 'ms')
-    model = build(cem_frames + 1)
-    compare('cem', torch.compile(model) if compile else model, noise(1, 1, *size),
-            noise(cem_rollouts, cem_frames + 1, A), cem_frames + 1, cem_steps)
+    net = torch.compile(build(cem_frames + 1), disable=not compile)
+    compare('cem', net, noise(1, 1, *size), noise(cem_rollouts, cem_frames + 1, A), cem_frames + 1, cem_steps)
 
 rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024)
 report('peak_memory', (torch.cuda.max_memory_allocated() if kind == 'cuda' else rss) / 2 ** 30, 'GiB')
