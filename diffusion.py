@@ -40,6 +40,8 @@ def alpha_bar_table(noise_schedule, zero_terminal_snr, num_timesteps=1000):
 
 def linear_grid(num_steps, num_timesteps=1000):
     """Timesteps [num_steps + 1] from num_timesteps - 1 down to -1, evenly spaced."""
+    if num_steps < 1:
+        raise ValueError(f'num_steps={num_steps}: expected 1 or more')
     return torch.linspace(-1, num_timesteps - 1, num_steps + 1, dtype=torch.float64).long().flip(0)
 
 
@@ -51,8 +53,6 @@ def schedule_matrix(schedule, num_frames, num_context, num_steps, num_timesteps=
     """
     if schedule not in SCHEDULES:
         raise ValueError(f'schedule={schedule!r}: expected one of {", ".join(SCHEDULES)}')
-    if num_steps < 1:
-        raise ValueError(f'num_steps={num_steps}: expected 1 or more')
     grid = linear_grid(num_steps, num_timesteps) if grid is None else grid
     delay = {'full_sequence': 0, 'pyramid': 1, 'sequential': num_steps}[schedule]
     delays = delay * torch.arange(num_frames - num_context)
@@ -163,7 +163,7 @@ class Diffusion(nn.Module):
         if grid == 'linear':
             return linear_grid(num_steps, self.num_timesteps)
         if grid != 'logsnr' or not 1 <= num_steps <= self.num_timesteps:
-            raise ValueError(f'grid={grid!r}, num_steps={num_steps}: expected linear, or logsnr with 1 to '
+            raise ValueError(f'grid={grid!r}, num_steps={num_steps}: expected linear, or logsnr and 1 to '
                              f'{self.num_timesteps} steps')
         lam = (self.alpha / self.sigma).log()[1:].double().cpu()  # decreasing
         wanted = torch.linspace(max(lam[-1], -lam[0]), lam[0], num_steps + 1, dtype=torch.float64)
@@ -211,8 +211,8 @@ class Diffusion(nn.Module):
         progress: called once per network evaluation. solver: ddim, or dpmpp, which is of second order.
         grid: `timesteps`'. Returns [B,num_frames,C,H,W], the context untouched.
 
-        cache=True gives the same frames for less: a causal model never sees a frame change that is done, so a step runs
-        the frames it moves, and before them those just finished, whose keys and values are remembered from then on. A
+        cache=True gives the same frames for less: in a causal model a finished frame looks the same for good, so a step
+        runs only the frames it moves, and before them those just finished, once, to remember their keys and values. A
         window that slid starts anew: its frames have other places, and the oldest they saw is gone. cache=False, and
         any model that sees the future, runs the whole window at every step.
         """
