@@ -51,10 +51,10 @@ def ssim(a, b, window=11, sigma=1.5):
     return s.mean(dim=(-2, -1)).reshape(*shape, C).mean(dim=-1)
 
 
-def evaluate(model, diffusion, clips, numbers, num_context, num_steps, batch_size=64, seed=0, vae=None):
+def evaluate(model, diffusion, clips, numbers, num_context, num_steps, batch_size=64, seed=0, vae=None, **options):
     """PSNR and SSIM of `numbers`' predicted frames: {'psnr', 'ssim', 'copy_psnr', ...: [num_clips, predicted]}.
 
-    They are compared with the original pixels; a model of latents needs its VAE.
+    They are compared with the original pixels; a model of latents needs its VAE. options go to Diffusion.sample.
     """
     device = model.pos_embed.device
     frames, action = clips.batch(numbers)
@@ -67,7 +67,7 @@ def evaluate(model, diffusion, clips, numbers, num_context, num_steps, batch_siz
             truth = clips.pixels(numbers[part]).float() / 255  # [B,F,3,H,W]
             predictions = {'copy_': truth[:, num_context - 1:num_context].expand_as(truth[:, num_context:])}
             for who, a in (('', right), ('wrong_', wrong)):
-                x = dream(model, diffusion, x0, a, num_context, num_steps, seed=seed + i)[:, num_context:]
+                x = dream(model, diffusion, x0, a, num_context, num_steps, seed=seed + i, **options)[:, num_context:]
                 predictions[who] = ((vae.decode(x) if vae else x.clamp(-1, 1)).cpu() + 1) / 2
                 bar.update(len(x0))
             for who, x in predictions.items():
@@ -113,6 +113,9 @@ if __name__ == '__main__':
     num_frames = 0  # clip length; 0 is the model's window
     context_frames = 0  # given frames; 0 is what the model was trained for
     num_steps = 0  # denoising steps per frame; 0 is the run's own
+    solver = 'ddim'  # or dpmpp: DPM-Solver++ 2M, of second order, for fewer steps
+    grid = 'linear'  # the steps' timesteps: evenly spaced in t, or logsnr
+    cache = True  # remember finished frames; False runs the whole window at every step, for the same dream
     batch_size = 64
     seed = 42  # of the choice of clips
     vae = ''  # decodes latents: folder or file; '' is $VAE_MODEL_PATH or pretrained/sd-vae-ft-mse
@@ -137,13 +140,17 @@ if __name__ == '__main__':
     if num_frames <= context_frames:
         sys.exit(f'num_frames={num_frames} must be more than context_frames={context_frames}')
     clips = held_out(model, cfg, num_frames, dataset)
-    scores = evaluate(model, diffusion, clips, clips.fixed(num_clips, seed), context_frames, num_steps, batch_size,
-                      vae=load_decoder(model, vae))
+    try:
+        scores = evaluate(model, diffusion, clips, clips.fixed(num_clips, seed), context_frames, num_steps, batch_size,
+                          vae=load_decoder(model, vae), solver=solver, grid=grid, cache=cache)
+    except ValueError as e:
+        sys.exit(str(e))
 
     metrics = {k: v.mean().item() for k, v in scores.items()}
     curves = {k: v.mean(dim=0).tolist() for k, v in scores.items()}
     metrics |= dict(num_clips=len(scores['psnr']), seconds=time.perf_counter() - start, num_frames=num_frames,
-                    context_frames=context_frames, num_steps=num_steps, ckpt=ckpt, per_frame=curves)
+                    context_frames=context_frames, num_steps=num_steps, solver=solver, grid=grid, ckpt=ckpt,
+                    per_frame=curves)
     out_dir = out_dir or beside(ckpt)
     os.makedirs(out_dir or '.', exist_ok=True)
     with open(os.path.join(out_dir, 'metrics.json'), 'w') as f:

@@ -158,6 +158,9 @@ if __name__ == '__main__':
     schedule = 'sequential'  # sequential, full_sequence or pyramid
     stabilization = 0.02  # how noisy the known frames are shown, as a share of the timesteps
     eta = 0.0  # 0 is deterministic DDIM, 1 is DDPM
+    solver = 'ddim'  # or dpmpp: DPM-Solver++ 2M, of second order, for fewer steps
+    grid = 'linear'  # the steps' timesteps: evenly spaced in t, or logsnr
+    cache = True  # remember finished frames; False runs the whole window at every step, for the same dream
     history = 0  # frames kept as context when the window slides; 0 is all but one
     seed = 0
     vae = ''  # decodes latents: folder or file; '' is $VAE_MODEL_PATH or pretrained/sd-vae-ft-mse
@@ -202,7 +205,8 @@ if __name__ == '__main__':
     try:
         dreamed = dream(model, diffusion, frames, action.to(frames.device), context_frames,
                         num_steps or cfg['sample_steps'], seed, progress=True, schedule=schedule,
-                        stabilization=stabilization, eta=eta, history=history)
+                        stabilization=stabilization, eta=eta, history=history, solver=solver, grid=grid,
+                        cache=cache)
     except ValueError as e:
         sys.exit(str(e))
     rows = {'dream': to_pixels(dreamed, vae)}
