@@ -23,6 +23,7 @@ import shutil
 import sys
 from collections import deque
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from datetime import timedelta
 
 import numpy as np
@@ -198,8 +199,9 @@ def plan(source, size, vae, val_share, val_clips, val_frames, seed):
         start = source.episodes[i].start
         start = start if start >= 0 else int(rng.integers(max(0, length - val_frames) + 1))
         n = min(length - start, val_frames)
-        stretches.append((row + start, row + start + n, pixel))
-        pixel += n
+        if n > 0:
+            stretches.append((row + start, row + start + n, pixel))
+            pixel += n
     frame = (np.float16, (4, size // 8, size // 8)) if vae else (np.uint8, (3, size, size))
     files = {f'{s}/frames.npy': (frame[0], (n, *frame[1])) for s, n in rows.items()}
     files |= {f'{s}/actions.npy': (np.float32, (n, source.action_dim)) for s, n in rows.items()}
@@ -229,7 +231,7 @@ def prepare(asked, out, settings, vae=None, workers=0):
     partial = f'{out}.partial'
     files, jobs, stretches = plan(source, settings['image_size'], vae, *(settings[k] for k in (
         'val_share', 'val_clips', 'val_frames', 'seed')))
-    begun = json.dumps({'settings': settings, 'episodes': [e[:2] for e in source.episodes]})
+    begun = json.dumps([asked, settings, bool(vae), [e[:2] for e in source.episodes]])
     if rank == 0 and not os.path.exists(f'{partial}/begun.json'):
         shutil.rmtree(partial, ignore_errors=True)
         for path, (dtype, shape) in files.items():
@@ -384,3 +386,8 @@ if __name__ == '__main__':
         prepare(asked, out, settings, load_vae(vae, pick_device(device)) if latents else None, workers)
     except (readers.Missing, OSError, ValueError) as e:
         sys.exit(str(e) + ('; --latents=False keeps pixels' if 'sd-vae' in str(e) else ''))
+    except KeyboardInterrupt:
+        sys.exit(f'interrupted; the same command goes on from {out}.partial')
+    except BrokenProcessPool:
+        sys.exit(f'a process that reads has died, of too little memory? The same command with --workers={workers // 2} '
+                 f'goes on from {out}.partial')

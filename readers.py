@@ -18,6 +18,7 @@ import multiprocessing
 import os
 import pickle
 import re
+import signal
 import threading
 from collections.abc import Callable
 from typing import NamedTuple
@@ -81,7 +82,8 @@ opened = []  # the Source that this process reads
 
 
 def start_worker(asked):
-    """What a reading process does first: it leaves when its parent dies, even of kill -9."""
+    """What a reading process does first: it leaves when its parent does, even by kill -9 or Ctrl-C."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=lambda: multiprocessing.parent_process().join() or os._exit(1), daemon=True).start()
     torch.set_num_threads(1)
     open_source(asked)
