@@ -27,6 +27,7 @@ from tqdm import tqdm
 from configurator import configure
 from data import Clips, pick_device, to_model
 from diffusion import Diffusion
+from evaluate import evaluate, summarise
 from model import SIZES, NanoWM, NanoWMConfig, load_weights, read_checkpoint, save_checkpoint
 from sample import contact_sheet, dream, to_pixels
 from vae import load_vae
@@ -82,6 +83,8 @@ val_every = 1000  # validation loss, and a picture of held-out dreams
 latest_every = 1000  # replace latest.safetensors
 keep_every = 10000  # and keep a numbered one
 num_val_clips = 64
+metrics_every = 0  # evaluate.py's PSNR, SSIM and gap between right and wrong actions on a few clips; 0 is never
+num_metric_clips = 16
 sample_steps = 50  # DDIM steps per dreamed frame
 wandb = False  # log to Weights & Biases too
 wandb_project = 'nanowm'
@@ -89,7 +92,7 @@ wandb_project = 'nanowm'
 config = configure(globals())
 
 for key in ('batch_size', 'grad_accum', 'max_steps', 'num_val_clips', 'sample_steps', 'depth', 'num_heads',
-            'patch_size', 'frame_interval'):
+            'patch_size', 'frame_interval', 'num_metric_clips'):
     if config[key] < 1:
         sys.exit(f'{key}={config[key]}: expected 1 or more')
 if not 1 <= context_frames < num_frames:
@@ -243,12 +246,17 @@ def batches(n):
         yield to_model(frames, device), action.to(device, non_blocking=True), t[part], noise[part]
 
 
-decoder = None  # of latents, for the pictures only: training goes on without it
-if master and channels != 3:
+decoder = None  # of latents, for pictures and metrics only: training goes on without it
+if channels != 3 and (master or metrics_every):
     try:
         decoder = load_vae(vae, device)
     except (FileNotFoundError, ValueError) as e:
-        print(f'no pictures of dreams: {e}')
+        if master:
+            print(f'no pictures of dreams and no metrics: {e}')
+metric_clips = val_clips.fixed(num_metric_clips)
+metrics_every = metrics_every if channels == 3 or decoder else 0
+if metrics_every:
+    val_clips.pixels(metric_clips)  # says now, not at that step, if there are none
 val_frames, val_action = val_clips.batch(val_clips.fixed(num_val_clips))
 
 
@@ -325,6 +333,7 @@ while step < max_steps and not stop:
     # everything below happens now and then; reading a number here is the only wait for the device
     due = {name: step == max_steps or every > 0 and step % every == 0 for name, every in
            (('log', log_every), ('val', val_every), ('latest', latest_every), ('keep', keep_every))}
+    due['metrics'] = metrics_every and (step == max_steps or step % metrics_every == 0)
     if any(due.values()) or (asked and world_size == 1):
         size = torch.stack(torch._foreach_norm(weights)).sum().detach()  # not finite if any weight is not
         sums = torch.stack([loss_sum, norm_sum, size, torch.tensor(float(asked), device=device)])
@@ -349,6 +358,10 @@ while step < max_steps and not stop:
             if due['val']:
                 log(val_loss=validation_loss())
                 dream_picture()
+        if due['metrics']:  # every process does its share
+            scores = evaluate(ema, diffusion, val_clips, metric_clips, context_frames, sample_steps, vae=decoder)
+            if master:
+                log(**summarise(scores)['means'])
         clock, since = time.perf_counter(), step
 bar.close()
 if board:
