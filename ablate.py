@@ -50,32 +50,26 @@ def init_double_zero(folder, *options):
     shutil.rmtree(f'{folder}.init')
 
 
-def arm(target, injection, size, seed):
-    """Train and evaluate one arm as far as that is not done; returns its folder."""
+def train(target, injection, size, seed):
+    """Train one arm as far as that is not done; returns its folder."""
     folder = f'{out_dir}/{base_name}/{target}-{injection}-{size}-seed{seed}'
+    latest = f'{folder}/latest.safetensors'
     if not os.path.exists(f'{folder}/metrics.json'):
         values = {'pred_name': target, 'injection': injection.removesuffix('_double_zero'), 'seed': seed, **sizes[size]}
         options = [base, *(f'--{k}={v}' for k, v in values.items()), *shlex.split(train_options)]
-        if injection == DOUBLE_ZERO and not os.path.exists(f'{folder}/latest.safetensors'):
+        if injection == DOUBLE_ZERO and not os.path.exists(latest):
             init_double_zero(folder, *options)
-        begun = os.path.exists(f'{folder}/latest.safetensors')
-        call('train.py', *options, f'--out_dir={folder}', f'--resume={begun}')
-        call('evaluate.py', f'--ckpt={folder}', *shlex.split(eval_options))
+        call('train.py', *options, f'--out_dir={folder}', f'--resume={os.path.exists(latest)}')
     return folder
 
 
-def sampled(folder, solver, num_steps):
-    """Evaluate an arm with another sampler if that is not done; returns the folder of its metrics."""
-    out = f'{folder}/{solver}-{num_steps}'
-    if not os.path.exists(f'{out}/metrics.json'):
-        call('evaluate.py', f'--ckpt={folder}', f'--out_dir={out}', f'--solver={solver}', f'--num_steps={num_steps}',
-             *shlex.split(eval_options))
-    return out
-
-
-def load(folders):
-    """The metrics.json of each folder."""
-    return [json.loads(open(f'{folder}/metrics.json').read()) for folder in folders]
+def measure(ckpt, out, *options):
+    """The metrics.json of an arm in folder `out`, after evaluating it if there is none."""
+    path = f'{out}/metrics.json'
+    if not os.path.exists(path):
+        call('evaluate.py', f'--ckpt={ckpt}', f'--out_dir={out}', *options, *shlex.split(eval_options))
+    with open(path) as f:
+        return json.load(f)
 
 
 def over_seeds(runs, key):
@@ -86,7 +80,7 @@ def over_seeds(runs, key):
 
 def cell(mean, deviation, key):
     digits = COLUMNS[key][1]
-    return f'{mean:.{digits}f} ± {deviation:.{digits}f}'
+    return f'{mean:.{digits}f}' + f' ± {deviation:.{digits}f}' * (len(seeds) > 1)
 
 
 def compare_arms(arms):
@@ -108,8 +102,9 @@ def compare_arms(arms):
 def compare_samplers(runs, key):
     """(Markdown, picture) of one metric of {(target, solver): [runs of each number of steps]}."""
     curves = {', '.join(name): [over_seeds(r, key) for r in line] for name, line in runs.items()}
-    rows = {COLUMNS[key][0]: steps} | {name: [cell(*v, key) for v in line] for name, line in curves.items()}
-    return markdown(rows), plot(curves, steps, f'{COLUMNS[key][0]} by denoising steps a frame', size=(760, 360))
+    title = f'{COLUMNS[key][0]} by denoising steps a frame'
+    rows = {title: steps} | {name: [cell(*v, key) for v in line] for name, line in curves.items()}
+    return markdown(rows), plot(curves, steps, title, size=(760, 360))
 
 
 if __name__ == '__main__':
@@ -154,25 +149,26 @@ if __name__ == '__main__':
         seeds, steps = ([int(n) for n in numbers.split(',')] for numbers in (seeds, steps))
     except ValueError:
         sys.exit(f'seeds={seeds!r}, steps={steps!r}: expected numbers like 0,1,2')
-    arms = {(value, seed): arm(**fixed | {key: value}, seed=seed) for seed, value in product(seeds, values)}
+    arms = {}  # {value: [metrics of each seed]}
+    for seed, value in product(seeds, values):
+        folder = train(**fixed | {key: value}, seed=seed)
+        arms.setdefault(value, []).append(measure(folder, folder))
     if axis == 'steps':
-        runs = {(value, solver): [load(sampled(arms[value, seed], solver, n) for seed in seeds) for n in steps]
-                for value, solver in product(values, solvers.split(','))}
-        parts, used = [compare_samplers(runs, k) for k in ('psnr', 'ssim', 'gap_psnr')], sum(sum(runs.values(), []), [])
+        runs = {(value, solver): [[
+            measure(ckpt := run['settings']['ckpt'], f'{ckpt}/{solver}-{n}', f'--solver={solver}', f'--num_steps={n}')
+            for run in arms[value]] for n in steps] for value, solver in product(values, solvers.split(','))}
+        parts = [compare_samplers(runs, k) for k in ('psnr', 'ssim', 'gap_psnr')]
+        used = [run for line in runs.values() for seeds_of in line for run in seeds_of]
     else:
-        runs = {value: load(arms[value, seed] for seed in seeds) for value in values}
-        parts, used = [compare_arms(runs)], sum(runs.values(), [])
+        parts, used = [compare_arms(arms)], sum(arms.values(), [])
 
     s, path = used[0]['settings'], f'{results_dir}/{axis}_{base_name}'
-    tables = '\n\n'.join(table for table, _ in parts)
-    text = f'''{tables}
-
-Mean ± standard deviation over {len(seeds)} seeds; {s["num_clips"]} held-out clips, {s["context_frames"]} of
-{s["num_frames"]} frames given. Intervals: bootstrap over the clips, each averaged over the seeds.
-On {", ".join(sorted({run["settings"]["machine"] for run in used}))}:
-
-    python ablate.py {shlex.join(sys.argv[1:])}
-'''
+    machines = ', '.join(sorted({run['settings']['machine'] for run in used}))
+    text = '\n\n'.join([
+        *(table for table, _ in parts),
+        f'{s["num_clips"]} held-out clips, {s["context_frames"]} of {s["num_frames"]} frames given; seeds '
+        f'{", ".join(map(str, seeds))}: mean ± standard deviation.\nIntervals: bootstrap over the clips, each averaged '
+        f'over the seeds. Evaluated on {machines}.', f'    python ablate.py {shlex.join(sys.argv[1:])}\n'])
     os.makedirs(results_dir, exist_ok=True)
     with open(f'{path}.md', 'w') as f:
         f.write(text)

@@ -131,10 +131,10 @@ def load_networks(metrics, device, size, num_frames, lpips_net='vgg'):
             networks[name] = {'lpips': lambda: lpips_network(lpips_net, device, size),
                               'fid': lambda: fid_network(device),
                               'fvd': lambda: fvd_network(device, num_frames)}[name]()
-        except ImportError as e:
-            absent[name] = f"{e}: pip install -e '.[eval]'"
+        except ImportError as e:  # they need torchvision, whose newest would replace the torch that is here
+            absent[name] = f"{e}: pip install -e '.[eval]' torch=={torch.__version__.split('+')[0]}"
         except Exception as e:  # whatever is wrong with one of them, the others are given
-            absent[name] = f'{type(e).__name__}: {e}'.replace('FileNotFoundError: ', '').splitlines()[0]
+            absent[name] = (str(e) or type(e).__name__).splitlines()[0]
     return networks, absent
 
 
@@ -249,8 +249,8 @@ def plot(curves, ticks, caption, joined=True, size=(560, 320)):
     low, high = low - margin, high + margin
     image = Image.new('RGB', size, 'white')
     draw = ImageDraw.Draw(image)
-    place = lambda i, v: (left + (i + 0.5) * (W - left - 20) / len(ticks),  # noqa: E731
-                          top + (high - v) / (high - low) * (H - top - bottom))
+    place = lambda i, v, shift=0: (left + (i + 0.5) * (W - left - 20) / len(ticks) + shift,  # noqa: E731
+                                   top + (high - v) / (high - low) * (H - top - bottom))
     for v in np.linspace(low, high, 6):
         y = place(0, v)[1]
         draw.line([(left, y), (W - 20, y)], fill=(225, 225, 225))
@@ -259,11 +259,13 @@ def plot(curves, ticks, caption, joined=True, size=(560, 320)):
         draw.text((place(i, 0)[0], H - bottom + 6), str(tick), fill=(90, 90, 90), anchor='ma')
     draw.text((left, H - 18), caption, fill=(90, 90, 90))
     for j, label in enumerate(curves):
-        points, colour = [place(i, v) for i, v in enumerate(values[j])], palette[j % len(palette)]
+        colour, shift = palette[j % len(palette)], 0 if joined else 12 * j  # beside each other, not on top
+        points = [place(i, v, shift) for i, v in enumerate(values[j])]
         if joined:
             draw.line(points, fill=colour, width=3)
         for i, (x, y) in enumerate(points):
-            draw.line([place(i, values[j, i] - bars[j, i]), place(i, values[j, i] + bars[j, i])], fill=colour, width=2)
+            v, bar = values[j, i], bars[j, i]
+            draw.line([place(i, v - bar, shift), place(i, v + bar, shift)], fill=colour, width=2)
             draw.ellipse([x - 4, y - 4, x + 4, y + 4], fill=colour)
         draw.text((left + (W - left) // 4 * (j % 4), 6 + 16 * (j // 4)), label, fill=colour)
     return image
@@ -277,7 +279,7 @@ def machine(device):
     if os.path.exists('/proc/cpuinfo'):
         with open('/proc/cpuinfo') as f:
             name = next((line.split(':')[1].strip() for line in f if line.startswith('model name')), name)
-    return f'{torch.get_num_threads()} threads of {name}'
+    return f'{name}, threads: {torch.get_num_threads()}'
 
 
 if __name__ == '__main__':
