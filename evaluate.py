@@ -111,7 +111,7 @@ def fid_network(device):
 
 
 def fvd_network(device, num_frames):
-    """I3D's logits of clips [B,F,3,H,W] in [0, 1] -> [B,1,400] (Unterthiner et al. 2018)."""
+    """I3D's features of clips [B,F,3,H,W] in [0, 1] -> [B,1,400] (Unterthiner et al. 2018)."""
     if num_frames < 10:
         raise ValueError(f'it needs 10 predicted frames and here are {num_frames}: --num_frames=')
     network = torch.jit.load(weights('i3d'), map_location=device).eval()
