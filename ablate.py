@@ -22,8 +22,9 @@ from itertools import product
 import numpy as np
 from PIL import Image
 
+from checkpoint import read_checkpoint, save_checkpoint
 from evaluate import COLUMNS, interval, markdown, plot
-from model import INJECTIONS, read_checkpoint, save_checkpoint
+from model import INJECTIONS
 
 TARGETS = ('epsilon', 'x', 'v', 'flow')
 DOUBLE_ZERO = 'cross_attention_double_zero'

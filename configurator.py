@@ -19,8 +19,11 @@ from types import ModuleType
 SETTING = re.compile(r'\s*(\w+)(?:: (\w+))? = (.+?)(?:  # (.*))?$')
 
 
-def configure(namespace, argv=None):
-    """Apply sys.argv (or argv) to the settings of the script whose globals() this is; returns {key: value}."""
+def configure(namespace, argv=None, strict=True):
+    """Apply sys.argv (or argv) to the settings of the script whose globals() this is; returns {key: value}.
+
+    strict=False passes over what a config file says to other scripts.
+    """
     argv = sys.argv[1:] if argv is None else argv
     with open(namespace['__file__']) as f:
         lines = re.search(r'# settings -.*?configure\(globals', f.read(), re.DOTALL)[0].splitlines()
@@ -64,7 +67,7 @@ def configure(namespace, argv=None):
             except Exception as e:
                 sys.exit(f'{arg}: {type(e).__name__}: {e}')
             for key, value in settings.items():
-                if not key.startswith('_') and not isinstance(value, ModuleType):
+                if not key.startswith('_') and not isinstance(value, ModuleType) and (strict or key in keys):
                     put(key, value, arg)
         else:
             sys.exit(f'{arg!r}: expected a config file (*.py) or --key=value; --help lists the keys')

@@ -10,23 +10,24 @@ A prepared dataset is a folder with meta.json and, for each split, three arrays:
     {train,val}/actions.npy     float32 [N,A]; actions[i] is what was done at frames[i]
     {train,val}/episodes.npy    int64 [E+1]; episode e is rows episodes[e] to episodes[e+1]; or [E,2], first and end row
 
-A converted dataset also fixes where validation clips come from, and keeps the pixels of those frames:
+Latents come with the original pixels of the frames that validation clips are then taken from:
 
     val/fixed.npy               int64 [S,3]: stretch s is rows fixed[s,0] to fixed[s,1]
-    val/pixels.npy              uint8 [M,3,H,W], only beside latents; stretch s begins at fixed[s,2]
+    val/pixels.npy              uint8 [M,3,H,W]; stretch s begins at its row fixed[s,2]
 """
+import itertools
 import json
 import multiprocessing
 import os
 import shutil
 import sys
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from datetime import timedelta
 
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from tqdm import tqdm
 
 import envs
@@ -138,6 +139,31 @@ def pick_device(name=''):
         sys.exit(f'device={name!r} is not available here; try --device={best}')
 
 
+class RandomClips:
+    """Random numbers with the interface of Clips: an endless dataset of no size, for benchmarks and trying configs.
+
+    frame_shape (C,H,W): 3 channels make uint8 pixels, others normal latents as float16. A clip is a window of one pool.
+    """
+    mean, std, stretches = np.float32(0), np.float32(1), None
+    fixed = Clips.fixed
+
+    def __init__(self, frame_shape, num_frames, action_dim, count=64):
+        rng = np.random.default_rng(0)
+        shape = (count + num_frames - 1, *frame_shape)
+        frames = (rng.integers(256, size=shape, dtype=np.uint8) if frame_shape[0] == 3 else
+                  rng.standard_normal(shape, np.float32).astype(np.float16))
+        self.frames, self.actions = frames, rng.standard_normal((len(frames), action_dim), np.float32)
+        self.num_frames, self.action_dim, self.count = num_frames, action_dim, count
+
+    def __len__(self):
+        return self.count
+
+    def batch(self, clips):
+        """Clips by number [B] -> frames [B,F,C,H,W], action float32 [B,F,A]."""
+        rows = np.asarray(clips)[:, None] + np.arange(self.num_frames)
+        return torch.from_numpy(self.frames[rows]), torch.from_numpy(self.actions[rows])
+
+
 def to_model(frames, device='cpu'):
     """Stored frames on `device` as float32: uint8 pixels become [-1, 1], latents stay as they are."""
     if torch.device(device).type == 'cuda':
@@ -147,67 +173,8 @@ def to_model(frames, device='cpu'):
 
 
 # -----------------------------------------------------------------------------
-# collecting: every episode has its own seed and its own rows, so workers write straight into the final arrays
-
-def collect_episode(job):
-    """Play one scripted episode into its rows of the arrays; returns the number of steps with contact."""
-    world, folder, row, steps, size, seed = job
-    if world not in worlds:
-        worlds[world] = envs.WORLDS[world]()
-    env, rng = worlds[world], np.random.default_rng([seed, 1])  # not reset's own stream
-    frames, actions = (np.load(os.path.join(folder, f'{name}.npy'), mmap_mode='r+') for name in FILES[:2])
-    env.reset(seed)
-    contacts = 0
-    for i in range(row, row + steps):
-        frames[i] = env.render(size)
-        actions[i] = env.explore(rng)
-        contacts += env.step(actions[i])
-    return contacts
-
-
-worlds = {}  # each worker process makes its simulator once
-
-
-def collect(world, root, episodes, size, seed, workers):
-    """Collect `episodes` episodes (a tenth of them for validation) into `root`, which appears when it is complete."""
-    steps, partial = envs.EPISODE_STEPS[world], f'{root}.partial'
-    envs.WORLDS[world]()  # a missing simulator says so here, once
-    shutil.rmtree(partial, ignore_errors=True)
-    num_val = max(1, episodes // 10)
-    jobs = []
-    for split, first, count in (('train', 0, episodes - num_val), ('val', episodes - num_val, num_val)):
-        folder = os.path.join(partial, split)
-        os.makedirs(folder)
-        new = np.lib.format.open_memmap
-        new(f'{folder}/frames.npy', mode='w+', dtype=np.uint8, shape=(count * steps, 3, size, size))
-        new(f'{folder}/actions.npy', mode='w+', dtype=np.float32, shape=(count * steps, 2))
-        np.save(f'{folder}/episodes.npy', np.arange(count + 1) * steps)
-        jobs += [(world, folder, i * steps, steps, size, seed * 1_000_000 + first + i) for i in range(count)]
-    with multiprocessing.get_context('spawn').Pool(workers) as pool:
-        contacts = list(tqdm(pool.imap(collect_episode, jobs, chunksize=4), total=len(jobs), unit='episode',
-                             desc=f'collecting {world}'))
-    actions = np.load(f'{partial}/train/actions.npy', mmap_mode='r')
-    meta = dict(name=world, episodes=episodes, steps_per_episode=steps, image_size=size, seed=seed,
-                action_mean=actions.mean(axis=0).tolist(), action_std=actions.std(axis=0).tolist(),
-                contact_share=sum(contacts) / (episodes * steps))
-    with open(f'{partial}/meta.json', 'w') as f:
-        json.dump(meta, f, indent=1)
-    os.rename(partial, root)
-    print(f'{root}: {episodes} episodes of {steps} frames at {size}x{size}, contact in '
-          f'{meta["contact_share"]:.0%} of the steps')
-
-
-# -----------------------------------------------------------------------------
-# converting: the lengths are known beforehand, so every episode has its rows before the first is read. Processes write
+# preparing: the lengths are known beforehand, so every episode has its rows before the first is read. Processes write
 # only into the rows of their own episodes, note each finished one in a journal, and go on from it after a kill.
-
-def resize(frames, size):
-    """uint8 [T,H,W,3] -> uint8 [T,3,size,size], stretched (bilinear, anti-aliased)."""
-    x = torch.from_numpy(np.require(frames, requirements=['C', 'W'])).permute(0, 3, 1, 2)
-    if x.shape[2:] == (size, size):
-        return x
-    return F.interpolate(x.float(), (size, size), mode='bilinear', antialias=True).round().clamp(0, 255).byte()
-
 
 def plan(source, size, vae, val_share, val_clips, val_frames, seed):
     """Where everything goes.
@@ -225,7 +192,8 @@ def plan(source, size, vae, val_share, val_clips, val_frames, seed):
     if not all(rows.values()):
         raise readers.Missing(f'{len(jobs)} episodes: training and validation need at least one each, with frames')
     stretches, pixel = [], 0
-    chosen = [job for job in jobs if job[1] == 'val' and job[3]]
+    starts_known = any(e.start >= 0 for e in source.episodes)
+    chosen = [job for job in jobs if job[1] == 'val' and job[3]] if vae or starts_known else []
     for i, _, row, length in sorted(chosen[j] for j in rng.permutation(len(chosen))[:val_clips]):
         start = source.episodes[i].start
         start = start if start >= 0 else int(rng.integers(max(0, length - val_frames) + 1))
@@ -248,17 +216,18 @@ def write_rows(path, row, values):
         f.write(np.ascontiguousarray(values, dtype=array.dtype))
 
 
-def convert(source, out, settings, vae=None):
-    """Write the episodes of a Source into `out`, as pixels or with a VAE as latents; `out` appears when complete.
+def prepare(asked, out, settings, vae=None, workers=0):
+    """Write the episodes of a dataset into `out`, as pixels or with a VAE as latents; `out` appears when complete.
 
-    Resumes from out.partial. Under torchrun each process converts every world_size-th episode.
+    asked: what readers.open_source takes. Resumes from out.partial. Under torchrun each process does every
+    world_size-th episode; each reads ahead with so many workers (0: in this process).
     """
-    size, device = settings['image_size'], next(vae.parameters()).device if vae else None
+    source, device = readers.open_source(asked), next(vae.parameters()).device if vae else None
     rank, world_size = (int(os.environ.get(k, d)) for k, d in (('RANK', 0), ('WORLD_SIZE', 1)))
     if world_size > 1:
         dist.init_process_group('gloo', timeout=timedelta(days=30))
     partial = f'{out}.partial'
-    files, jobs, stretches = plan(source, size, vae, *(settings[k] for k in (
+    files, jobs, stretches = plan(source, settings['image_size'], vae, *(settings[k] for k in (
         'val_share', 'val_clips', 'val_frames', 'seed')))
     begun = json.dumps({'settings': settings, 'episodes': [e[:2] for e in source.episodes]})
     if rank == 0 and not os.path.exists(f'{partial}/begun.json'):
@@ -286,37 +255,30 @@ def convert(source, out, settings, vae=None):
                         outcomes[i] = None if error is None else outcomes.get(i, error)
         return outcomes
 
-    def read(job):
-        i, _, _, length = job
-        try:
-            frames, actions = source.read(source.episodes[i].key)
-            if not length or (len(frames), actions.shape) != (length, (length, source.action_dim)):
-                raise ValueError(f'{len(frames)} frames and actions {list(actions.shape)}; expected {length} frames '
-                                 f'and {source.action_dim} numbers for each')
-            if not np.isfinite(actions).all():
-                raise ValueError('some actions are not finite')
-            return resize(frames, size), actions, None
-        except Exception as e:  # whatever is wrong with one episode, the others go on
-            return None, None, f'{type(e).__name__}: {e}'
-
     done = {i for i, error in journals().items() if error is None}
     todo = [job for job in jobs[rank::world_size] if job[0] not in done]
     journal = open(f'{partial}/journal.{rank}', 'a')
     journal.write('\n')  # after a line that a kill cut short
     bar = tqdm(total=len(jobs[rank::world_size]), initial=len(jobs[rank::world_size]) - len(todo), unit='episode',
-               desc=f'converting to {os.path.basename(out)}', disable=rank > 0)
-    with ThreadPoolExecutor(1) as ahead:  # the next episode is read while this one is encoded
-        results = (ahead.submit(read, job) for job in todo)
-        result = next(results, None)
+               desc=f'preparing {os.path.basename(out)}', disable=rank > 0)
+    if workers:
+        pool = ProcessPoolExecutor(min(workers, len(todo) or 1), multiprocessing.get_context('spawn'),
+                                   readers.start_worker, (asked,))
+    else:
+        pool = ThreadPoolExecutor(1)
+    with pool:  # the next episodes are read while this one is encoded
+        reading = (pool.submit(readers.read_episode, job[0], settings['image_size']) for job in todo)
+        ahead = deque(itertools.islice(reading, workers + 1))
         for i, split, row, length in todo:
-            (pixels, actions, error), result = result.result(), next(results, None)
+            pixels, actions, error = ahead.popleft().result()
+            ahead.extend(itertools.islice(reading, 1))
             if error is None:
-                latents = vae.encode(to_model(pixels, device)).cpu() if vae else pixels
-                write_rows(f'{partial}/{split}/frames.npy', row, latents.numpy())
+                latents = vae.encode(to_model(torch.from_numpy(pixels), device)).cpu().numpy() if vae else pixels
+                write_rows(f'{partial}/{split}/frames.npy', row, latents)
                 write_rows(f'{partial}/{split}/actions.npy', row, actions)
                 for first, end, pixel in stretches if vae and split == 'val' else ():
                     if row <= first < row + length:
-                        write_rows(f'{partial}/val/pixels.npy', pixel, pixels[first - row:end - row].numpy())
+                        write_rows(f'{partial}/val/pixels.npy', pixel, pixels[first - row:end - row])
             else:
                 bar.write(f'skipped {source.episodes[i].name}: {error}')
             journal.write(json.dumps([i, error]) + '\n')
@@ -346,8 +308,9 @@ def finish(source, out, settings, jobs, stretches, outcomes, vae):
                               f'{" and ".join(s for s, x in spans.items() if not len(x))}')
     for split, span in spans.items():
         np.save(f'{partial}/{split}/episodes.npy', np.array(span))
-    good = [s for s in stretches if any(first <= s[0] < end for first, end in spans['val'])]
-    np.save(f'{partial}/val/fixed.npy', np.array(good).reshape(-1, 3))
+    if stretches:
+        good = [s for s in stretches if any(first <= s[0] < end for first, end in spans['val'])]
+        np.save(f'{partial}/val/fixed.npy', np.array(good).reshape(-1, 3))
     actions = np.load(f'{partial}/train/actions.npy', mmap_mode='r')
     count = sum(int(b - a) for a, b in spans['train'])
     mean = sum(actions[a:b].sum(axis=0, dtype=np.float64) for a, b in spans['train']) / count
@@ -374,8 +337,7 @@ if __name__ == '__main__':
     image_size = 0  # pixels, square; 0 is 32 for wall, 64 for pusht, 256 for what is converted
     episodes = 0  # 0 is 2000 for wall, 1200 for pusht (a tenth for validation), all for what is converted
     seed = 0
-    # collecting
-    workers = os.cpu_count()
+    workers = os.cpu_count() // int(os.environ.get('LOCAL_WORLD_SIZE', 1))  # that play or read; 0 is none but this one
     # converting
     root = ''  # the files; '' is $RT1_DATA_ROOT, $CSGO_DATA_DIR or $DATASET_DIR
     name = ''  # of the new dataset; '' is what it is
@@ -392,46 +354,33 @@ if __name__ == '__main__':
     val_starts = ''  # .npy with the first frame of each validation file's fixed clip
     # --------------------------------------------------------------------------
     configure(globals())
-    if what in envs.WORLDS:
-        defaults = {'wall': (2000, 32), 'pusht': (1200, 64)}[what]
-        episodes, image_size = episodes or defaults[0], image_size or defaults[1]
-        if episodes < 2 or workers < 1:
-            sys.exit(f'episodes={episodes}, workers={workers}: expected 2 (one is for validation) and 1, or more')
-        out = os.path.normpath(out or f'data/{what}')
-        if os.path.exists(out):
-            sys.exit(f'{out} is there already; delete it to collect again, or choose another --out')
-        collect(what, out, episodes, image_size, seed, workers)
-        sys.exit()
-
-    known = [*envs.WORLDS, *readers.ROOTS, 'lerobot', 'clips']
-    if what not in known:
-        sys.exit(f'{what!r}: unknown dataset; expected one of {", ".join(known)}')
+    if what not in (*envs.WORLDS, *readers.ROOTS, 'lerobot', 'clips'):
+        sys.exit(f'{what!r}: unknown dataset; expected one of '
+                 f'{", ".join((*envs.WORLDS, *readers.ROOTS, "lerobot", "clips"))}')
     if what in ('lerobot', 'clips') and not (root and name):
         sys.exit(f'{what} needs --root=<folder of the files> and --name=<name of the new dataset>')
-    name, image_size = name or what, image_size or 256
-    variable = readers.ROOTS.get(what, '')
-    root = os.path.normpath(root or os.environ.get(variable) or sys.exit(
-        f'where are the files of {what}? Say --root=<folder>, or set {variable}'))
-    out = os.path.normpath(out or os.path.join(os.environ.get('RESULTS_DIR', ''), 'data', name))
+    name, results = name or what, os.environ.get('RESULTS_DIR', '')
+    if what in envs.WORLDS:
+        latents, results = False, ''
+        episodes = episodes or {'wall': 2000, 'pusht': 1200}[what]
+        image_size = image_size or {'wall': 32, 'pusht': 64}[what]
+    else:
+        variable, image_size = readers.ROOTS.get(what, ''), image_size or 256
+        root = os.path.normpath(root or os.environ.get(variable) or sys.exit(
+            f'where are the files of {what}? Say --root=<folder>, or set {variable}'))
+    if image_size < 8 or latents and image_size % 8:
+        sys.exit(f'image_size={image_size}: expected 8 or more, and for latents a multiple of 8')
+    if not 0 < val_share < 1 or min(val_clips, val_frames) < 1 or min(workers, episodes) < 0:
+        sys.exit(f'val_share={val_share}, val_clips={val_clips}, val_frames={val_frames}, workers={workers}, '
+                 f'episodes={episodes}: expected a share between 0 and 1, 1 or more, 1 or more, and no negative number')
+    out = os.path.normpath(out or os.path.join(results, 'data', name))
     if os.path.exists(out):
-        sys.exit(f'{out} is there already; delete it to convert again, or choose another --out')
-    if image_size < 8 or latents and image_size % 8 or not 0 < val_share < 1 or min(val_clips, val_frames) < 1:
-        sys.exit(f'image_size={image_size}, val_share={val_share}, val_clips={val_clips}, val_frames={val_frames}: '
-                 'expected a multiple of 8, a share between 0 and 1, and 1 or more')
+        sys.exit(f'{out} is there already; delete it to make it again, or choose another --out')
+    asked = dict(what=what, root=root, episodes=episodes, seed=seed, image_size=image_size, image_key=image_key,
+                 relative_actions=relative_actions, train_list=train_list, val_list=val_list, val_starts=val_starts)
+    settings = dict(name=name, kind=what, image_size=image_size, val_share=val_share, val_clips=val_clips,
+                    val_frames=val_frames, seed=seed)
     try:
-        if what == 'clips':
-            source = readers.clips(root)
-        elif what == 'csgo':
-            source = readers.csgo(root, train_list, val_list, val_starts)
-        elif what in ('rt1', 'lerobot'):
-            source = readers.lerobot(root, image_key)
-        else:
-            source = readers.dino_wm(root, what.removeprefix('dino_'), relative_actions)
-        if 0 < episodes < len(source.episodes):  # spread over all of them
-            every = len(source.episodes) / episodes
-            source = source._replace(episodes=[source.episodes[int(i * every)] for i in range(episodes)])
-        settings = dict(name=name, kind=what, image_size=image_size, val_share=val_share, val_clips=val_clips,
-                        val_frames=val_frames, seed=seed)
-        convert(source, out, settings, load_vae(vae, pick_device(device)) if latents else None)
-    except (readers.Missing, FileNotFoundError, ValueError) as e:
+        prepare(asked, out, settings, load_vae(vae, pick_device(device)) if latents else None, workers)
+    except (readers.Missing, OSError, ValueError) as e:
         sys.exit(str(e) + ('; --latents=False keeps pixels' if 'sd-vae' in str(e) else ''))

@@ -38,17 +38,22 @@ def alpha_bar_table(noise_schedule, zero_terminal_snr, num_timesteps=1000):
     return ab
 
 
-def schedule_matrix(schedule, num_frames, num_context, num_steps, num_timesteps=1000):
+def linear_grid(num_steps, num_timesteps=1000):
+    """Timesteps [num_steps + 1] from num_timesteps - 1 down to -1, evenly spaced."""
+    if num_steps < 1:
+        raise ValueError(f'num_steps={num_steps}: expected 1 or more')
+    return torch.linspace(-1, num_timesteps - 1, num_steps + 1, dtype=torch.float64).long().flip(0)
+
+
+def schedule_matrix(schedule, num_frames, num_context, num_steps, num_timesteps=1000, grid=None):
     """Who is denoised when: timesteps [rows, num_frames]; each sampler step goes from one row to the next.
 
     full_sequence denoises all frames together, sequential one after the other, and in pyramid each frame is one step
-    behind the one before. Context columns are -1 throughout.
+    behind the one before. Context columns are -1 throughout. grid: the timesteps of one frame; None is linear_grid's.
     """
     if schedule not in SCHEDULES:
         raise ValueError(f'schedule={schedule!r}: expected one of {", ".join(SCHEDULES)}')
-    if num_steps < 1:
-        raise ValueError(f'num_steps={num_steps}: expected 1 or more')
-    grid = torch.linspace(-1, num_timesteps - 1, num_steps + 1, dtype=torch.float64).long().flip(0)
+    grid = linear_grid(num_steps, num_timesteps) if grid is None else grid
     delay = {'full_sequence': 0, 'pyramid': 1, 'sequential': num_steps}[schedule]
     delays = delay * torch.arange(num_frames - num_context)
     step = torch.arange(num_steps + int(delays[-1]) + 1)[:, None] - delays  # steps frame f has taken in each row
@@ -149,68 +154,129 @@ class Diffusion(nn.Module):
             mse = mse * (self.snr_gamma * sigma ** 2 / alpha.clamp(min=1e-8) ** 2).clamp(max=1)
         return mse.mean()
 
-    def step(self, x, t, s, out, eta=0.0, noise=None):
-        """One DDIM step of every frame from timestep t [B,F] to s (Song et al. 2021); for flow it is Euler's.
+    def timesteps(self, num_steps, grid='linear'):
+        """A frame's way from noise to clean: integers [num_steps + 1] from T-1 down to -1.
+
+        linear: evenly spaced in t. logsnr: strictly decreasing and evenly spaced in lambda = log(alpha / sigma), from
+        that of T-1 (or minus that of t=0, if later: without any signal lambda is -inf) to that of t=0, taken as clean.
+        """
+        if grid == 'linear':
+            return linear_grid(num_steps, self.num_timesteps)
+        if grid != 'logsnr' or not 1 <= num_steps <= self.num_timesteps:
+            raise ValueError(f'grid={grid!r}, num_steps={num_steps}: expected linear, or logsnr and 1 to '
+                             f'{self.num_timesteps} steps')
+        lam = (self.alpha / self.sigma).log()[1:].double().cpu()  # decreasing
+        wanted = torch.linspace(max(lam[-1], -lam[0]), lam[0], num_steps + 1, dtype=torch.float64)
+        t = [(lam - w).abs().argmin().item() for w in wanted]
+        t[0], t[-1] = self.num_timesteps - 1, -1
+        for i in range(1, num_steps):  # rounding may let two meet: leave room for those that follow
+            t[i] = max(min(t[i], t[i - 1] - 1), num_steps - 1 - i)
+        return torch.tensor(t)
+
+    def step(self, x, t, s, out, eta=0.0, noise=None, before=None, x0_before=None):
+        """One step of every frame from timestep t [B,F] to s: DDIM (Song et al. 2021), which for flow is Euler's.
 
         Frames with t == s stay as they are. eta adds fresh `noise` (eq. 16, in alpha and sigma so that it serves flow).
+        before, x0_before: timestep and x0 of each frame's step before this one (before == t if there was none) make it
+        DPM-Solver++(2M) (Lu et al. 2022, arXiv 2211.01095, algorithm 2): DDIM with x0 extrapolated in lambda =
+        log(alpha / sigma), D = x0 + h / (2 h_before) (x0 - x0_before). x0_before becomes this step's x0, in place.
         """
         x0, eps = self.invert(x, t, out)
         alpha, sigma = self.path(s)
+        alpha_t, sigma_t = self.path(t.clamp(min=0))
+        if x0_before is not None:
+            lam, lam_t, lam_before = ((z[0] / z[1]).log() for z in ((alpha, sigma), (alpha_t, sigma_t),
+                                                                    self.path(before)))
+            # first order where h or h_before is infinite (to clean, from pure noise) and where there was no step before
+            ratio = ((lam - lam_t) / (lam_t - lam_before) / 2).nan_to_num(0, 0, 0)
+            change = ratio * (x0 - x0_before)
+            x0_before.copy_(x0)
+            x0, eps = x0 + change, eps - alpha_t / sigma_t * change
         new = alpha * x0 + sigma * eps
         if eta:
-            alpha_t, sigma_t = self.path(t.clamp(min=0))
             fresh = eta * sigma / sigma_t * (sigma_t ** 2 - (alpha_t / alpha * sigma) ** 2).clamp(min=0).sqrt()
             new = alpha * x0 + (sigma ** 2 - fresh ** 2).clamp(min=0).sqrt() * eps + fresh * noise
         return torch.where((t != s)[..., None, None, None], new, x)
 
     @torch.no_grad()
     def sample(self, model, context, action, num_frames, num_steps, schedule='sequential', stabilization=0.02, eta=0.0,
-               noise=None, context_noise=None, history=None, progress=None):
+               noise=None, context_noise=None, history=None, progress=None, cache=True, solver='ddim', grid='linear'):
         """Dream: continue context [B,K,C,H,W] to num_frames frames under action [B,num_frames,A] (or None).
 
         Frames beyond the model's window slide it: the last `history` frames (default: all but one of the window)
         become the context of one new frame, whatever the schedule. Known frames are shown slightly noised, to timestep
         round(stabilization * (T-1)), so that small errors of the dream look like noise to the model.
+        A context of one row is shared by all rows of action (equal as far as they lead to it, action[:, :K-1]).
         noise, context_noise: like the output, drawn when not given (context_noise may cover the context only).
-        progress: called once per network evaluation. Returns [B,num_frames,C,H,W], the context untouched.
+        progress: called once per network evaluation. solver: ddim, or dpmpp, which is of second order.
+        grid: `timesteps`'. Returns [B,num_frames,C,H,W], the context untouched.
+
+        cache=True gives the same frames for less: in a causal model a finished frame looks the same for good, so a step
+        runs only the frames it moves, and before them those just finished, once, to remember their keys and values. A
+        window that slid starts anew: its frames have other places, and the oldest they saw is gone. cache=False, and
+        any model that sees the future, runs the whole window at every step.
         """
-        B, K = context.shape[:2]
-        window = model.config.num_frames
+        B = max(len(context), 1 if action is None else len(action))
+        K, window, shared = context.shape[1], model.config.num_frames, len(context) < B
         history = history or window - 1
         if not 1 <= history < window:
             raise ValueError(f'history={history}: expected 1 to {window - 1}, as the model sees {window} frames')
         if not 0 <= stabilization <= 1:
             raise ValueError(f'stabilization={stabilization}: expected 0 to 1, a share of the timesteps')
+        if solver not in ('ddim', 'dpmpp') or solver == 'dpmpp' and eta:
+            raise ValueError(f'solver={solver!r}, eta={eta}: expected ddim, or dpmpp with eta=0')
+        if shared and not (action[:, :K - 1] == action[:1, :K - 1]).all():
+            raise ValueError('a context of one row is shared: action[:, :K-1], which leads to it, must be too')
         x = torch.randn(B, num_frames, *context.shape[2:], device=context.device) if noise is None else noise.clone()
         fixed = torch.randn_like(x)  # a frame that became context is noised once, always with the same noise
         if context_noise is not None:
             fixed[:, :context_noise.shape[1]] = context_noise
+        if shared:
+            fixed[:, :K] = fixed[:1, :K]
         x[:, :K] = context
+        cache = model.new_cache(B) if cache and model.config.causal else None
+        level = round(stabilization * (self.num_timesteps - 1)) if stabilization else -1
+        grid = self.timesteps(num_steps, grid)
         while K < num_frames:
             start = 0 if K < window else K - history
             end = min(window, num_frames) if K < window else K + 1
-            frames, known = slice(start, end), K - start
-            x[:, K:end] = self._denoise(
-                model, x[:, frames].clone(), fixed[:, frames], action if action is None else action[:, frames], known,
-                schedule_matrix(schedule, end - start, known, num_steps, self.num_timesteps), stabilization, eta,
-                progress)[:, known:]
-            K = end
+            # without a cache the model also sees the window's frames whose turn has not come
+            frames = slice(start, end if cache else min(start + window, num_frames))
+            matrix = schedule_matrix(schedule, end - start, K - start, num_steps, self.num_timesteps, grid)
+            matrix = F.pad(matrix, (0, frames.stop - end), value=self.num_timesteps - 1)
+            x[:, K:end] = self._denoise(model, x[:, frames].clone(), fixed[:, frames],
+                                        action if action is None else action[:, frames], K - start, matrix, level, eta,
+                                        solver, cache, shared, progress)[:, K - start:end - start]
+            K, shared = end, False
         return x
 
-    def _denoise(self, model, x, fixed, action, known, matrix, stabilization, eta, progress):
+    def _denoise(self, model, x, fixed, action, known, matrix, level, eta, solver, cache, shared, progress):
         """Denoise the frames of one window after its first `known`, following the rows of a schedule matrix."""
-        level = round(stabilization * (self.num_timesteps - 1)) if stabilization else -1
-        # frames after the last that moves in a step cannot matter to it if nobody sees the future: leave them out
-        ends = [int((t != s).nonzero().max()) + 1 if model.config.causal else x.shape[1]
-                for t, s in zip(matrix, matrix[1:], strict=False)]
-        matrix = matrix.to(x.device)
-        shown = matrix.clone()
+        rows, places = matrix.to(x.device), torch.arange(x.shape[1], device=x.device)
+        shown = rows.clone()
         shown[:, :known] = level
         x[:, :known] = self.add_noise(x[:, :known], shown[:1, :known], fixed[:, :known])
-        for i, n in enumerate(ends):
-            t, s, part = matrix[i:i + 1, :n], matrix[i + 1:i + 2, :n], x[:, :n]
-            out = model(part, shown[i:i + 1, :n].expand(len(x), -1), action if action is None else action[:, :n])
-            x[:, :n] = self.step(part, t, s, out.float(), eta, torch.randn_like(part) if eta else None)
+        x0 = torch.zeros_like(x) if solver == 'dpmpp' else None
+        done = 0  # so many frames are in the cache as they will stay
+        if cache and shared:
+            one, done = model.new_cache(1), known
+            model(x[:1, :known], shown[:1, :known], action[:1], one, places[:known], skip=known)
+            for all_rows, row in zip(sum(cache, []), sum(one, []), strict=True):
+                all_rows.copy_(row)
+        for i, (t, s) in enumerate(zip(matrix, matrix[1:], strict=False)):
+            if torch.equal(t, s):  # there are more steps than timesteps
+                continue
+            low, high = int((t >= 0).nonzero()[0]), int((t != s).nonzero()[-1]) + 1  # clean | these move | not yet
+            move, now, after = slice(low, high), rows[i:i + 1], rows[i + 1:i + 2]
+            if cache:
+                run = slice(done, high)
+                out = model(x[:, run], shown[i:i + 1, run], action, cache, places[run], skip=low - done)
+                done = low
+            else:
+                out = model(x, shown[i:i + 1].expand(len(x), -1), action)[:, move]
+            x[:, move] = self.step(x[:, move], now[:, move], after[:, move], out.float(), eta,
+                                   torch.randn_like(x[:, move]) if eta else None,
+                                   rows[max(i - 1, 0)][None, move], x0 if x0 is None else x0[:, move])
             if progress:
                 progress()
         return x

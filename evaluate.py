@@ -28,7 +28,7 @@ from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 from data import pick_device, to_model
-from sample import contact_sheet, dream, held_out, load_decoder, load_run, to_pixels
+from sample import beside, contact_sheet, dream, held_out, load_decoder, load_run, to_pixels
 
 MAX_PSNR = 58.92  # 10 log10(12 * 255^2): the error of rounding to 8 bits; an identical frame scores this, not infinity
 WEIGHTS = {  # of the networks that judge: a file in pretrained/ or in torch's cache, and where it is published
@@ -285,7 +285,7 @@ def machine(device):
 if __name__ == '__main__':
     from configurator import configure
     # settings -----------------------------------------------------------------
-    ckpt = 'out/wall'  # run folder or checkpoint file
+    ckpt = 'out/wall'  # run folder, checkpoint file or Hugging Face id
     dataset = ''  # prepared dataset; '' is the one the model was trained on
     out_dir = ''  # where the results go; '' is beside the checkpoint
     metrics = 'lpips,fid,fvd'  # besides PSNR and SSIM, where their weights are; '' is none
@@ -295,11 +295,19 @@ if __name__ == '__main__':
     context_frames = 0  # given frames; 0 is what the model was trained for
     num_steps = 0  # denoising steps per frame; 0 is the run's own
     schedule = 'sequential'  # sequential, full_sequence or pyramid
-    solver = 'ddim'  # or dpmpp
+    solver = 'ddim'  # or dpmpp: DPM-Solver++ 2M, of second order, for fewer steps
+    grid = 'linear'  # the steps' timesteps: evenly spaced in t, or logsnr
+    cache = True  # remember finished frames; False runs the whole window at every step, for the same dream
     batch_size = 64
     seed = 42  # of the choice of clips
     vae = ''  # decodes latents: folder or file; '' is $VAE_MODEL_PATH or pretrained/sd-vae-ft-mse
     device = ''  # cpu, cuda, mps; '' is the best there is
+    # what only a checkpoint that train.py did not write has to be told
+    pred_name: str = None  # epsilon, x, v or flow
+    frame_interval: int = None
+    normalize_action: bool = None  # None is no
+    injection: str = None  # adaln_fuse, if it is that: its weights look like those of additive
+    causal: bool = None  # False, if time attention was not
     # --------------------------------------------------------------------------
     settings = configure(globals())
     start = time.perf_counter()
@@ -316,7 +324,9 @@ if __name__ == '__main__':
         if device.startswith('cuda'):
             torch.cuda.set_device(device := f'cuda:{local_rank}')
         dist.init_process_group('nccl' if device.startswith('cuda') else 'gloo')
-    model, diffusion, cfg = load_run(ckpt, device)
+    model, diffusion, cfg = load_run(ckpt, device, dataset, context_frames, pred_name=pred_name,
+                                     frame_interval=frame_interval, normalize_action=normalize_action,
+                                     injection=injection, causal=causal)
     num_frames, context_frames = num_frames or cfg['num_frames'], context_frames or cfg['context_frames']
     num_steps = num_steps or cfg['sample_steps']
     if num_frames <= context_frames:
@@ -325,7 +335,7 @@ if __name__ == '__main__':
     numbers, vae = clips.fixed(num_clips, seed), load_decoder(model, vae)
     size = clips.pixels(numbers[:1]).shape[-2:]
     networks, absent = load_networks(wanted, device, size, num_frames - context_frames, lpips_net)
-    options = {'schedule': schedule} | ({} if solver == 'ddim' else {'solver': solver})
+    options = dict(schedule=schedule, solver=solver, grid=grid, cache=cache)
     try:
         scores = evaluate(model, diffusion, clips, numbers, context_frames, num_steps, batch_size, vae=vae,
                           networks=networks, **options)
@@ -340,7 +350,7 @@ if __name__ == '__main__':
                      num_steps=num_steps, num_clips=len(numbers), processes=world_size, machine=machine(device),
                      parameters=sum(p.numel() for p in model.parameters()), train=cfg)
     results = summarise(scores)
-    out_dir = out_dir or (ckpt if os.path.isdir(ckpt) else os.path.dirname(ckpt)) or '.'
+    out_dir = out_dir or beside(ckpt) or '.'
     os.makedirs(out_dir, exist_ok=True)
 
     order = np.argsort(results['per_clip']['psnr'])

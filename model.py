@@ -6,16 +6,12 @@ broadcast over that frame's patches. Read `NanoWM.forward` first, then `Block`, 
 
 DiT: Peebles & Xie 2023 (arXiv 2212.09748). Diffusion forcing: Chen et al. 2024 (arXiv 2407.01392).
 """
-import json
 import math
-import os
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 INJECTIONS = ('additive', 'adaln', 'adaln_fuse', 'film', 'cross_attention')
 SIZES = {  # B/2 in the tables is size B with patch_size 2
@@ -41,6 +37,8 @@ class NanoWMConfig:
     causal: bool = True  # a frame sees itself and the past only
 
     def __post_init__(self):
+        if self.depth < 2:
+            raise ValueError(f'depth={self.depth}: expected 2 or more, a block for space and one for time')
         size = self.input_size
         self.input_size = (size, size) if isinstance(size, int) else tuple(size)
         if self.injection not in INJECTIONS:
@@ -64,11 +62,14 @@ def rope_angles(positions, num_freqs):
     return positions[:, None].float() * 10000 ** (-torch.arange(num_freqs) / num_freqs)
 
 
+def rope_tables(angles):
+    """(cos, sin) [L, d] for `rotate` from angles [L, d/2]; the first half of sin is negated."""
+    return angles.cos().repeat(1, 2), torch.cat([-angles.sin(), angles.sin()], dim=1)
+
+
 def rotate(x, cos, sin):
-    """Rotate x [..., L, d] by tables [L, d/2]; the pairs are the first half of d with the second half."""
-    x1, x2 = x.chunk(2, dim=-1)
-    cos, sin = cos.to(x.dtype), sin.to(x.dtype)
-    return torch.cat([x1 * cos - x2 * sin, x2 * cos + x1 * sin], dim=-1)
+    """Rotate x [..., d] by tables that broadcast to it; the pairs are the first half of d with the second half."""
+    return torch.addcmul(x * cos.to(x.dtype), x.roll(x.shape[-1] // 2, dims=-1), sin.to(x.dtype))
 
 
 def modulate(x, shift, scale):
@@ -96,19 +97,30 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(dim // num_heads, eps=1e-6)
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, x, rope, temporal, causal):
+    def forward(self, x, rope, temporal, mask=None, cache=None, frame=None, skip=0):
         B, N, P, D = x.shape  # N frames
-        qkv = self.qkv(x).view(B, N, P, 3, self.num_heads, -1)
-        # the axis attended over goes next to last, everything before the heads is batch
-        qkv = qkv.permute(3, 0, 2, 4, 1, 5) if temporal else qkv.permute(3, 0, 1, 4, 2, 5)
+        qkv = self.qkv(x).view(B, N, P, 3, self.num_heads, D // self.num_heads)
         qkv = qkv.float() if x.device.type == 'cpu' else qkv  # attention on a CPU is slower in bf16
-        q, k, v = qkv.flatten(1, 2)  # [B*P, heads, N, d] or [B*N, heads, P, d]
+        q, k, v = qkv.unbind(3)  # [B,N,P,heads,d]: views, so nothing is copied until the product
         q, k = rotate(self.q_norm(q), *rope), rotate(self.k_norm(k), *rope)
+        # the axis attended over goes next to last, everything before the heads is batch
+        q, k, v = (z.permute((0, 2, 3, 1, 4) if temporal else (0, 1, 3, 2, 4)) for z in (q, k, v))
+        if cache:
+            q, mask, (k, v) = q[:, :, :, skip:], mask[skip:], remember(cache[:2], frame, k, v)
         with torch.autocast('cpu', enabled=False):
-            x = F.scaled_dot_product_attention(q, k, v, is_causal=causal)
-        x = x.unflatten(0, (B, -1))
-        x = x.permute(0, 3, 1, 2, 4) if temporal else x.permute(0, 1, 3, 2, 4)
-        return self.proj(x.reshape(B, N, P, D))
+            if temporal and x.device.type == 'cpu':  # thousands of tiny problems: plain products are faster there
+                score = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
+                x = (score if mask is None else score.masked_fill(~mask, -math.inf)).softmax(dim=-1) @ v
+            else:
+                q, k, v = (z.flatten(0, 1) for z in (q, k, v))
+                x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask if cache else None,
+                                                   is_causal=mask is not None and not cache).unflatten(0, (B, -1))
+        return self.proj(x.permute((0, 3, 1, 2, 4) if temporal else (0, 1, 3, 2, 4)).flatten(3))
+
+
+def remember(cache, frame, *new):
+    """Write keys and values [...,n,d] of frames `frame` [n] over their places in the cache; returns all of it."""
+    return [z.index_copy_(-2, frame, x.to(z.dtype)) for z, x in zip(cache, new, strict=True)]
 
 
 class CrossAttention(nn.Module):
@@ -123,15 +135,17 @@ class CrossAttention(nn.Module):
         if not temporal:  # one key: its softmax is 1 whatever the query, so q is there only for the checkpoint's names
             self.q.requires_grad_(False)
 
-    def forward(self, x, a, causal):
+    def forward(self, x, a, mask=None, cache=None, frame=None):
         B, N, P, D = x.shape
         k, v = self.kv(a).chunk(2, dim=-1)  # [B,F,D], once per frame, shared by all patches
         if not self.temporal:
             return self.proj(v)[:, :, None]  # a frame's own action is all there is to see
-        heads = lambda z: z.view(B, -1, self.num_heads, D // self.num_heads).transpose(1, 2)  # noqa: E731
-        frame = torch.arange(N, device=x.device)
-        mask = frame.repeat_interleave(P)[:, None] >= frame if causal else None  # [F*P, F]
-        x = F.scaled_dot_product_attention(heads(self.q(x)), heads(k), heads(v), attn_mask=mask)
+        heads = lambda z: z.unflatten(-1, (self.num_heads, D // self.num_heads)).transpose(1, -2)  # noqa: E731
+        q, k, v = heads(self.q(x).flatten(1, 2)), heads(k), heads(v)
+        if cache:
+            k, v = (z.to(q.dtype) for z in remember(cache[2:], frame, k, v))
+        mask = mask if mask is None else mask[-N:].repeat_interleave(P, dim=0)  # [F*P, frames]
+        x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         return self.proj(x.transpose(1, 2).reshape(B, N, P, D))
 
 
@@ -153,7 +167,6 @@ class Block(nn.Module):
         super().__init__()
         D = config.hidden_size
         self.injection, self.temporal = config.injection, temporal
-        self.causal = temporal and config.causal
         self.attn = Attention(D, config.num_heads)
         self.mlp = SwiGLU(D, 4 * D)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(D, 6 * D))
@@ -165,23 +178,29 @@ class Block(nn.Module):
             self.cross_attn = CrossAttention(D, config.num_heads, temporal)
             self.cross_gate = nn.Parameter(torch.ones(D))
 
-    def forward(self, x, c, a, rope):
-        """x [B,F,P,D] patches, c [B,F,D] noise level, a [B,F,D] action; returns x."""
+    def forward(self, x, c, a, rope, mask=None, cache=None, frame=None, skip=0):
+        """x [B,F,P,D] patches, c [B,F,D] noise level, a [B,F,D] action; returns x without its first `skip` frames.
+
+        mask [F,K] (time only) says which of the K frames each frame sees; cache and frame are NanoWM.forward's.
+        """
         norm = lambda h: F.layer_norm(h, h.shape[-1:], eps=1e-6)  # noqa: E731
         if self.injection == 'additive':
             x = x + a[:, :, None]
         mod = self.adaLN_modulation(c + a if self.injection == 'adaln_fuse' else c)
         if self.injection == 'adaln':
             mod = mod + self.action_adaLN_modulation(a)
-        shift1, scale1, gate1, shift2, scale2, gate2 = mod[:, :, None].chunk(6, dim=-1)  # each [B,F,1,D]
+        shift, scale = mod[:, :, None].chunk(6, dim=-1)[:2]  # each [B,F,1,D]
+        h = self.attn(modulate(norm(x), shift, scale), rope, self.temporal, mask, cache, frame, skip)
+        x, mod, seen = x[:, skip:], mod[:, skip:], a[:, skip:]  # the others only had to be seen
+        gate1, shift2, scale2, gate2 = mod[:, :, None].chunk(6, dim=-1)[2:]
 
-        x = x + gate1 * self.attn(modulate(norm(x), shift1, scale1), rope, self.temporal, self.causal)
+        x = x + gate1 * h
         if self.injection == 'film':
-            gamma, beta = self.film_modulation(a)[:, :, None].chunk(2, dim=-1)
+            gamma, beta = self.film_modulation(seen)[:, :, None].chunk(2, dim=-1)
             x = modulate(x, beta, gamma)
         x = x + gate2 * self.mlp(modulate(norm(x), shift2, scale2))
         if self.injection == 'cross_attention':
-            x = x + self.cross_gate * self.cross_attn(norm(x), a, self.causal)
+            x = x + self.cross_gate * self.cross_attn(norm(x), a, mask, cache, frame)
         return x
 
 
@@ -237,8 +256,9 @@ class NanoWM(nn.Module):
         space = torch.cat([rope_angles(row, d // 4), rope_angles(col, d // 4)], dim=1)
         time = rope_angles(torch.arange(config.num_frames), d // 2)
         for name, angles in (('space', space), ('time', time)):
-            self.register_buffer(f'{name}_cos', angles.cos(), persistent=False)
-            self.register_buffer(f'{name}_sin', angles.sin(), persistent=False)
+            cos, sin = rope_tables(angles)
+            self.register_buffer(f'{name}_cos', cos, persistent=False)
+            self.register_buffer(f'{name}_sin', sin, persistent=False)
         self.init_weights()
 
     def init_weights(self):
@@ -261,34 +281,60 @@ class NanoWM(nn.Module):
         for m in zero:
             nn.init.zeros_(m.weight)
 
-    def forward(self, x, t, action=None):
+    def new_cache(self, batch):
+        """Room for the keys and values of a whole window: for every temporal block [k, v] of its frames, each
+        [batch,P,heads,num_frames,d], and with cross_attention also [k, v] of its actions, [batch,heads,num_frames,d].
+        """
+        cfg, weight = self.config, self.pos_embed
+        autocast = weight.device.type != 'cpu' and torch.is_autocast_enabled(weight.device.type)
+        dtype = torch.get_autocast_dtype(weight.device.type) if autocast else weight.dtype
+        dtype = torch.float32 if weight.device.type == 'cpu' else dtype  # as Attention has it there
+        place = cfg.num_heads, cfg.num_frames, cfg.hidden_size // cfg.num_heads
+        shapes = [(batch, math.prod(cfg.grid), *place)] * 2
+        shapes += [(batch, *place)] * 2 if cfg.injection == 'cross_attention' else []
+        return [[torch.zeros(s, dtype=dtype, device=weight.device) for s in shapes] for _ in range(cfg.depth // 2)]
+
+    def forward(self, x, t, action=None, cache=None, frame=None, skip=0):
         """What the network says of noisy frames; the prediction target decides what that means.
 
         x: [B,F,C,H,W] frames, F <= num_frames, each at its own noise level.
-        t: [B,F] integer timestep of each frame; -1 means clean and is shown as 0.
-        action: [B,F,A] or None. action[:, f] is done at frame f and so conditions frame f+1.
-        Returns [B,F,C,H,W].
+        t: [B,F] or [1,F] integer timestep of each frame; -1 means clean and is shown as 0.
+        action: [B,N,A] of the window, or None. action[:, f] is done at frame f and so conditions frame f+1.
+        cache: of new_cache, for a causal model: x are then only the frames at places `frame` [F], consecutive; they
+            see themselves and what the cache remembers of the frames before, and are remembered in turn.
+        skip: with a cache, the first frames of x that only have to be remembered.
+        Returns [B,F-skip,C,H,W].
         """
         B, N, C = x.shape[:3]
-        (rows, cols), p, D = self.config.grid, self.config.patch_size, self.config.hidden_size
+        (rows, cols), p = self.config.grid, self.config.patch_size
         x = self.x_embedder.proj(x.flatten(0, 1)).flatten(2).transpose(1, 2).unflatten(0, (B, N))
         x = x + self.pos_embed  # [B,F,P,D]
 
         freqs = torch.exp(torch.arange(128, device=t.device) * (-math.log(10000) / 128))
         angles = t.clamp(min=0)[..., None].float() * freqs
         c = self.t_embedder(torch.cat([angles.cos(), angles.sin()], dim=-1))  # [B,F,D]
-        a = x.new_zeros(B, N, D)  # nothing was done before frame 0
-        if action is not None and self.config.action_dim:
-            a = torch.cat([a[:, :1], self.action_embedder(action[:, :N - 1])], dim=1)
+        frame = torch.arange(N, device=x.device) if frame is None else frame
+        a = x.new_zeros(B, N, x.shape[-1])
+        if action is not None and self.config.action_dim:  # nothing was done before frame 0
+            a = self.action_embedder(action[:, frame - 1]).masked_fill((frame == 0)[:, None], 0)
 
-        space, time = (self.space_cos, self.space_sin), (self.time_cos[:N], self.time_sin[:N])
+        seen = torch.arange(self.config.num_frames if cache else N, device=x.device)
+        mask = frame[:, None] >= seen if self.config.causal else None
+        space = self.space_cos[:, None], self.space_sin[:, None]  # [P,1,d]
+        time = self.time_cos[frame, None, None], self.time_sin[frame, None, None]  # [F,1,1,d]
+        last = len(self.blocks) // 2 * 2 - 1  # the last temporal block; after it a frame is of no use to others
         for i, block in enumerate(self.blocks):
             if i == 1:  # rotary angles know distances in time, this knows the place in the clip
-                x = x + self.temp_embed[:, :N, None]
-            x = block(x, c, a, time if block.temporal else space)
+                x = x + self.temp_embed[:, frame, None]
+            if block.temporal:
+                x = block(x, c, a, time, mask, cache and cache[i // 2], frame, skip if i == last else 0)
+            else:
+                x = block(x, c, a, space)
+            if i == last:
+                c, a = c[:, skip:], a[:, skip:]
 
-        x = self.final_layer(x, c).view(B, N, rows, cols, p, p, C)
-        return x.permute(0, 1, 6, 2, 4, 3, 5).reshape(B, N, C, rows * p, cols * p)
+        x = self.final_layer(x, c).view(B, N - skip, rows, cols, p, p, C)
+        return x.permute(0, 1, 6, 2, 4, 3, 5).reshape(B, N - skip, C, rows * p, cols * p)
 
     def flops(self):
         """Multiply-adds of one clip's forward pass, times two; a training step is three of these."""
@@ -296,66 +342,8 @@ class NanoWM(nn.Module):
         per_frame = sum(2 * p.numel() for name, p in self.named_parameters() if p.ndim == 2 and 'modulation' in name)
         per_token = 2 * 2 * cfg.patch_size ** 2 * cfg.in_channels * D
         for b in self.blocks:
-            keys = P if not b.temporal else (N + 1) / 2 if b.causal else N
+            keys = P if not b.temporal else (N + 1) / 2 if cfg.causal else N
             per_token += 2 * 16 * D * D + 4 * D * keys
             if b.injection == 'cross_attention' and b.temporal:
                 per_token += 2 * 2 * D * D + 4 * D * (N + 1) / 2
         return N * (per_frame + P * per_token)
-
-
-# -----------------------------------------------------------------------------
-# checkpoints: one safetensors file holds the weights under their own names, the model's config as JSON metadata and,
-# under "train.", whatever the training loop needs to go on. Writing is atomic: a kill leaves the old file or the new.
-
-def save_checkpoint(path, state, config, **meta):
-    """Write tensors `state` {name: tensor} with the model `config` and JSON-able `meta` to `path`, atomically."""
-    state = {k: v.detach().cpu().contiguous() for k, v in state.items()}
-    info = {'config': json.dumps(asdict(config)), 'meta': json.dumps(meta)}
-    tmp = f'{path}.tmp'
-    save_file(state, tmp, metadata=info)
-    with open(tmp, 'rb') as f:
-        os.fsync(f.fileno())
-    os.chmod(tmp, 0o644)  # save_file leaves it readable by its owner only
-    os.replace(tmp, path)
-
-
-def read_checkpoint(path, train=False):
-    """(state, config, meta) of a checkpoint; its tensors under "train." only if asked for.
-
-    `path` is a file or a run folder, which stands for its latest.safetensors.
-    Raises FileNotFoundError or ValueError with one line that says what to do.
-    """
-    if os.path.isdir(path):
-        path = os.path.join(path, 'latest.safetensors')
-    if not os.path.exists(path):
-        raise FileNotFoundError(f'no checkpoint at {path}: train one with python train.py, or check --ckpt')
-    try:
-        with safe_open(path, 'pt') as f:
-            info = f.metadata() or {}
-            state = {k: f.get_tensor(k) for k in f.keys() if train or not k.startswith('train.')}
-    except (SafetensorError, OSError) as e:
-        raise ValueError(f'{path} is not a readable safetensors file ({e}); restore it or use another one') from e
-    try:
-        return state, NanoWMConfig(**json.loads(info['config'])), json.loads(info['meta'])
-    except (KeyError, TypeError) as e:
-        raise ValueError(f'{path} holds no config of a model ({e}): was it written by train.py?') from e
-
-
-def load_model(path, device='cpu'):
-    """The model of a checkpoint (its EMA weights), in eval mode, and the metadata saved beside it."""
-    state, config, meta = read_checkpoint(path)
-    model = NanoWM(config)
-    load_weights(model, state, path)
-    return model.to(device).eval(), meta
-
-
-def load_weights(model, state, path):
-    """load_state_dict(strict=True) with an error of one line: which file, which tensors, which shapes."""
-    want = {k: tuple(v.shape) for k, v in model.state_dict().items()}
-    have = {k: tuple(v.shape) for k, v in state.items()}
-    wrong = [f'{k} is {have.get(k, "missing")}, not {want.get(k, "expected")}'
-             for k in sorted({*want, *have}) if want.get(k) != have.get(k)]
-    if wrong:
-        more = f' and {len(wrong) - 10} more' if len(wrong) > 10 else ''
-        raise ValueError(f'{path} does not fit this model: {"; ".join(wrong[:10])}{more}')
-    model.load_state_dict(state)

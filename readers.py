@@ -4,6 +4,7 @@
     csgo                              Counter-Strike deathmatch (Pearce & Zhu 2021): HDF5
     dino_point_maze, dino_wall, ...   the five DINO-WM sets (Zhou et al. 2024): .pth, .pkl and video
     clips                             your own recordings: a folder of clips with their actions beside them
+    wall, pusht                       the worlds of envs.py: here reading is playing
 
 A reader returns a Source. These files come from strangers: nothing in them is ever run. `data.py` does the rest.
 """
@@ -13,17 +14,22 @@ import functools
 import glob
 import io
 import json
+import multiprocessing
 import os
 import pickle
 import re
+import threading
 from collections.abc import Callable
 from typing import NamedTuple
 
 import imageio.v3 as iio
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from tqdm import tqdm
+
+import envs
 
 ROOTS = {'rt1': 'RT1_DATA_ROOT', 'csgo': 'CSGO_DATA_DIR'}  # where a reader looks without --root
 DINO_WM = {'point_maze': 'point_maze', 'wall': 'wall_single', 'pusht': 'pusht_noise',
@@ -49,6 +55,60 @@ class Source(NamedTuple):
 
 class Missing(Exception):
     """The folder is not what the reader expects, or a package is not installed: one line to show."""
+
+
+def open_source(asked):
+    """The Source that data.py's settings `asked` name; read_episode then reads from it."""
+    what, root, episodes = asked['what'], asked['root'], asked['episodes']
+    if what in envs.WORLDS:
+        source = world(what, episodes, asked['image_size'], asked['seed'])
+    elif what == 'clips':
+        source = clips(root)
+    elif what == 'csgo':
+        source = csgo(root, asked['train_list'], asked['val_list'], asked['val_starts'])
+    elif what in ('rt1', 'lerobot'):
+        source = lerobot(root, asked['image_key'])
+    else:
+        source = dino_wm(root, what.removeprefix('dino_'), asked['relative_actions'])
+    if 0 < episodes < len(source.episodes):  # spread over all of them
+        every = len(source.episodes) / episodes
+        source = source._replace(episodes=[source.episodes[int(i * every)] for i in range(episodes)])
+    opened[:] = [source]
+    return source
+
+
+opened = []  # the Source that this process reads
+
+
+def start_worker(asked):
+    """What a reading process does first: it leaves when its parent dies, even of kill -9."""
+    threading.Thread(target=lambda: multiprocessing.parent_process().join() or os._exit(1), daemon=True).start()
+    torch.set_num_threads(1)
+    open_source(asked)
+
+
+def read_episode(number, size):
+    """(pixels uint8 [T,3,size,size], actions [T,A], None), or (None, None, why it is broken)."""
+    source, episode = opened[0], opened[0].episodes[number]
+    try:
+        frames, actions = source.read(episode.key)
+        want = episode.length, source.action_dim
+        if not episode.length or len(frames) != episode.length or actions.shape != want:
+            raise ValueError(f'{len(frames)} frames and actions {list(actions.shape)}; expected {want[0]} frames and '
+                             f'{want[1]} numbers for each')
+        if not np.isfinite(actions).all():
+            raise ValueError('some actions are not finite')
+        return resize(frames, size), actions, None
+    except Exception as e:  # whatever is wrong with one episode, the others go on
+        return None, None, f'{type(e).__name__}: {e}'
+
+
+def resize(frames, size):
+    """uint8 [T,H,W,3] -> uint8 [T,3,size,size], stretched (bilinear, anti-aliased)."""
+    x = torch.from_numpy(np.require(frames, requirements=['C', 'W'])).permute(0, 3, 1, 2)
+    if x.shape[2:] != (size, size):
+        x = F.interpolate(x.float(), (size, size), mode='bilinear', antialias=True).round().clamp(0, 255).byte()
+    return x.numpy()
 
 
 def extra(module, package=None):
@@ -249,6 +309,32 @@ def dino_wm(root, name, relative_actions=True):
         return frames, actions[split][i, :length]
 
     return Source(episodes, next(iter(actions.values())).shape[2], read)
+
+
+# -----------------------------------------------------------------------------
+# worlds: every episode has a seed of its own; the last tenth is for validation
+
+def world(name, episodes, size, seed):
+    try:
+        env = envs.WORLDS[name]()
+    except SystemExit as e:
+        raise Missing(str(e)) from e
+    if episodes < 2:
+        raise Missing(f'episodes={episodes}: expected 2 or more, one is for validation')
+    steps, num_val = envs.EPISODE_STEPS[name], max(1, episodes // 10)
+
+    def read(key):
+        rng = np.random.default_rng([*key, 1])  # not reset's own stream
+        frames, actions = np.empty((steps, size, size, 3), np.uint8), np.empty((steps, 2), np.float32)
+        env.reset(*key)
+        for i in range(steps):
+            frames[i] = env.render(size).transpose(1, 2, 0)
+            actions[i] = env.explore(rng)
+            env.step(actions[i])
+        return frames, actions
+
+    return Source([Episode(f'{name} {i}', steps, (seed * 1_000_000 + i,), 'train' if i < episodes - num_val else 'val')
+                   for i in range(episodes)], 2, read)
 
 
 # -----------------------------------------------------------------------------

@@ -13,24 +13,50 @@ import torch
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
+from checkpoint import load_model
 from data import Clips, pick_device, to_model
 from diffusion import Diffusion
-from model import load_model
 from vae import load_vae
 
 
-def load_run(ckpt, device=''):
-    """(model, diffusion, settings) of a checkpoint written by train.py; ends with one line if it cannot be read."""
+def load_run(ckpt, device='', dataset='', context_frames=0, **told):
+    """(model, diffusion, settings) of a checkpoint; ends with one line if it cannot be read.
+
+    A checkpoint that train.py did not write has to be told its dataset, context_frames, pred_name and frame_interval,
+    and may be told normalize_action, injection and causal; one of ours knows the latter five.
+    """
     device = pick_device(device)
+    told = {k: v for k, v in told.items() if v is not None}
     try:
-        model, meta = load_model(ckpt, device)
-        cfg = meta['train'] | {'action_scale': meta['action_scale']}
+        model, meta = load_model(ckpt, device, told.get('injection'), told.get('causal'))
+        if 'train' in meta:
+            if told:
+                sys.exit(f'{ckpt} knows how it was trained: leave out {" ".join(f"--{k}" for k in told)}')
+            cfg = meta['train'] | {'action_scale': meta['action_scale']}
+        else:
+            told |= {'dataset': dataset, 'context_frames': context_frames}
+            need = ('pred_name', 'frame_interval', 'context_frames', 'dataset')
+            if missing := [f'--{k}=' for k in need if not told.get(k)]:
+                sys.exit(f'{ckpt} does not say how it was trained: add {" ".join(missing)}')
+            taken = dict(injection=model.config.injection, causal=model.config.causal,
+                         normalize_action=told.get('normalize_action', False))
+            print(f'{ckpt}: taken to be trained with', *(f'--{k}={v}' for k, v in taken.items()))
+            scale = Clips(dataset, 'val', 1, normalize=taken['normalize_action'])
+            cfg = told | taken | dict(noise_schedule=None, zero_terminal_snr=None, snr_gamma=0.0, sample_steps=250,
+                                      num_frames=model.config.num_frames,
+                                      action_scale=(scale.mean.tolist(), scale.std.tolist()))
+        diffusion = Diffusion(cfg['pred_name'], cfg['noise_schedule'], cfg['zero_terminal_snr'],
+                              snr_gamma=cfg['snr_gamma'])
     except (FileNotFoundError, ValueError) as e:
         sys.exit(str(e))
-    except KeyError as e:
-        sys.exit(f'{ckpt} does not say how it was trained ({e} is missing): was it written by train.py?')
-    diffusion = Diffusion(cfg['pred_name'], cfg['noise_schedule'], cfg['zero_terminal_snr'], snr_gamma=cfg['snr_gamma'])
     return model, diffusion.to(device), cfg
+
+
+def beside(ckpt):
+    """The folder for what is made with a checkpoint: its own, or out/<name> for a Hugging Face id."""
+    if os.path.exists(ckpt):
+        return ckpt if os.path.isdir(ckpt) else os.path.dirname(ckpt)
+    return os.path.join('out', os.path.basename(ckpt))
 
 
 def held_out(model, cfg, num_frames, dataset=''):
@@ -119,7 +145,7 @@ def write_video(path, video, fps):
 if __name__ == '__main__':
     from configurator import configure
     # settings -----------------------------------------------------------------
-    ckpt = 'out/wall'  # run folder or checkpoint file
+    ckpt = 'out/wall'  # run folder, checkpoint file or Hugging Face id
     dataset = ''  # prepared dataset to start from; '' is the one the model was trained on
     out = ''  # file to write; '' is rollout.<format> beside the checkpoint
     format = 'gif'  # gif or mp4
@@ -132,15 +158,26 @@ if __name__ == '__main__':
     schedule = 'sequential'  # sequential, full_sequence or pyramid
     stabilization = 0.02  # how noisy the known frames are shown, as a share of the timesteps
     eta = 0.0  # 0 is deterministic DDIM, 1 is DDPM
+    solver = 'ddim'  # or dpmpp: DPM-Solver++ 2M, of second order, for fewer steps
+    grid = 'linear'  # the steps' timesteps: evenly spaced in t, or logsnr
+    cache = True  # remember finished frames; False runs the whole window at every step, for the same dream
     history = 0  # frames kept as context when the window slides; 0 is all but one
     seed = 0
     vae = ''  # decodes latents: folder or file; '' is $VAE_MODEL_PATH or pretrained/sd-vae-ft-mse
     device = ''  # cpu, cuda, mps; '' is the best there is
+    # what only a checkpoint that train.py did not write has to be told
+    pred_name: str = None  # epsilon, x, v or flow
+    frame_interval: int = None
+    normalize_action: bool = None  # None is no
+    injection: str = None  # adaln_fuse, if it is that: its weights look like those of additive
+    causal: bool = None  # False, if time attention was not
     # --------------------------------------------------------------------------
     configure(globals())
     if format not in ('gif', 'mp4') or fps <= 0 or num_clips < 1:
         sys.exit(f'format={format}, fps={fps}, num_clips={num_clips}: expected gif or mp4, and numbers above 0')
-    model, diffusion, cfg = load_run(ckpt, device)
+    model, diffusion, cfg = load_run(ckpt, device, dataset, context_frames, pred_name=pred_name,
+                                     frame_interval=frame_interval, normalize_action=normalize_action,
+                                     injection=injection, causal=causal)
     context_frames = context_frames or cfg['context_frames']
     if actions:
         try:
@@ -168,13 +205,14 @@ if __name__ == '__main__':
     try:
         dreamed = dream(model, diffusion, frames, action.to(frames.device), context_frames,
                         num_steps or cfg['sample_steps'], seed, progress=True, schedule=schedule,
-                        stabilization=stabilization, eta=eta, history=history)
+                        stabilization=stabilization, eta=eta, history=history, solver=solver, grid=grid,
+                        cache=cache)
     except ValueError as e:
         sys.exit(str(e))
     rows = {'dream': to_pixels(dreamed, vae)}
     if not actions:
         rows = {'truth': clips.pixels(numbers).permute(0, 1, 3, 4, 2).numpy()} | rows
-    out = out or os.path.join(ckpt if os.path.isdir(ckpt) else os.path.dirname(ckpt), f'rollout.{format}')
+    out = out or os.path.join(beside(ckpt), f'rollout.{format}')
     os.makedirs(os.path.dirname(out) or '.', exist_ok=True)
     write_video(out, side_by_side(rows, context_frames), fps)
     print(f'{out}: {len(frames)} clips of {num_frames} frames, {context_frames} of them given')

@@ -4,31 +4,36 @@
     python train.py config/wall.py --injection=film --out_dir=out/film  # change anything
     python train.py config/wall.py --resume=True                        # go on where it stopped
     torchrun --nproc_per_node=8 train.py config/pusht_tiny.py           # 8 GPUs
+    torchrun --nproc_per_node=8 train.py config/wall.py config/xl2.py --fsdp=True   # that share one large model
 
 Leaves in out_dir: latest.safetensors (replaced atomically), step_*.safetensors (kept), config.json, log.jsonl,
 dream_*.png, and TensorBoard events if it is installed.
 """
 import contextlib
 import copy
+import functools
 import json
 import math
 import os
 import signal
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from PIL import Image
 from torch.nn.parallel import DistributedDataParallel as DDP
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
+from checkpoint import load_weights, read_checkpoint, save_checkpoint
 from configurator import configure
-from data import Clips, pick_device, to_model
+from data import Clips, RandomClips, pick_device, to_model
 from diffusion import Diffusion
 from evaluate import evaluate, summarise
-from model import SIZES, NanoWM, NanoWMConfig, load_weights, read_checkpoint, save_checkpoint
+from model import SIZES, NanoWM, NanoWMConfig
 from sample import contact_sheet, dream, to_pixels
 from vae import load_vae
 
@@ -36,19 +41,23 @@ from vae import load_vae
 # run
 out_dir = 'out/wall'
 resume = False  # go on from out_dir/latest.safetensors
+init_from = ''  # weights to start from at step 0: a run folder, a checkpoint file or a Hugging Face id
 seed = 3407
 device = ''  # cpu, cuda, mps; '' is the best there is
 dtype = ''  # fp32, bf16 or fp16 autocast; '' is bf16 on CUDA, else fp32
 compile = False  # torch.compile the model
+fsdp = False  # under torchrun: one shard of weights, gradients, moments and EMA each; bf16 wants grad_checkpoint too
+grad_checkpoint = False  # compute every block again in the backward pass instead of keeping its activations
 # data
 dataset = 'data/wall'  # made by data.py
-frame_shape = (4, 32, 32)
-action_dim = 7
 num_frames = 4  # frames per clip, and the model's window
 context_frames = 1  # how many of them are given when it dreams
 frame_interval = 1  # keep every k-th frame; the k actions between are concatenated
 vae = ''  # decodes dreamed latents for a look: folder or file; '' is $VAE_MODEL_PATH or pretrained/sd-vae-ft-mse
 normalize_action = False  # by the training split's mean and std
+real_data = True  # False trains on random numbers: for benchmarks, and for trying a config with no data
+frame_shape = (4, 32, 32)  # channels, height, width without real_data; read off the dataset otherwise
+action_dim = 7  # numbers per recorded frame without real_data; times frame_interval reaches the model
 # model
 model_size = ''  # S, B, L or XL sets hidden_size, depth and num_heads
 patch_size = 4
@@ -107,19 +116,30 @@ kind = device.split(':')[0]
 if kind == 'cuda':
     device = f'cuda:{local_rank}' if world_size > 1 else device
     torch.cuda.set_device(device)
+# a worker that torchrun restarts goes on by itself
+restarts = torch.tensor(int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)), device=device)
 if world_size > 1:
     dist.init_process_group('nccl' if kind == 'cuda' else 'gloo')
+    dist.all_reduce(restarts, dist.ReduceOp.MAX)  # each node counts its own
+elif fsdp:
+    sys.exit('fsdp=True cuts a model among processes and here is one: start them with torchrun --nproc_per_node=N')
 dtype = dtype or ('bf16' if kind == 'cuda' else 'fp32')
 if dtype not in ('fp32', 'bf16', 'fp16'):
     sys.exit(f'dtype={dtype!r}: expected fp32, bf16 or fp16')
 autocast_dtype = {'fp32': torch.float32, 'bf16': torch.bfloat16, 'fp16': torch.float16}[dtype]
-autocast = torch.autocast(kind, autocast_dtype) if dtype != 'fp32' else contextlib.nullcontext()
+# no cache: a weight is used once a pass, and the copies would add up to a whole model where FSDP holds a part of one
+autocast = torch.autocast(kind, autocast_dtype, cache_enabled=False) if dtype != 'fp32' else contextlib.nullcontext()
 torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
 torch.manual_seed(seed)
 
 # data
-train_clips, val_clips = (Clips(dataset, split, num_frames, frame_interval, normalize_action)
-                          for split in ('train', 'val'))
+if real_data:
+    train_clips, val_clips = (Clips(dataset, split, num_frames, frame_interval, normalize_action)
+                              for split in ('train', 'val'))
+elif len(frame_shape) != 3 or not all(type(n) is int and n > 0 for n in frame_shape) or action_dim < 0:
+    sys.exit(f'frame_shape={frame_shape}, action_dim={action_dim}: expected (channels, height, width), and 0 or more')
+else:
+    train_clips = val_clips = RandomClips(frame_shape, num_frames, frame_interval * action_dim)
 channels, height, width = train_clips.frames.shape[1:]
 
 # model
@@ -129,15 +149,12 @@ shape = SIZES.get(model_size, dict(hidden_size=hidden_size, depth=depth, num_hea
 try:
     model = NanoWM(NanoWMConfig(input_size=(height, width), patch_size=patch_size, in_channels=channels,
                                 num_frames=num_frames, action_dim=train_clips.action_dim, injection=injection,
-                                causal=causal, **shape)).to(device)
+                                causal=causal, **shape))
     diffusion = Diffusion(pred_name, noise_schedule, zero_terminal_snr, snr_gamma=snr_gamma).to(device)
     diffusion.sample_timesteps((1, 1), timestep_sampling)  # refuses an unknown name now, not at step 0
 except ValueError as e:
     sys.exit(str(e))
 ema = copy.deepcopy(model).eval().requires_grad_(False) if ema_decay else model
-weights = [p for p in model.parameters() if p.requires_grad]
-ema_weights = [e for e, p in zip(ema.parameters(), model.parameters(), strict=True) if p.requires_grad]
-optimizer = torch.optim.AdamW(weights, lr=learning_rate, weight_decay=weight_decay, fused=kind != 'mps')
 scaler = torch.amp.GradScaler(kind, enabled=dtype == 'fp16')
 
 # checkpoints: the weights to use under their own names, and what training needs to go on under "train."
@@ -145,16 +162,22 @@ latest = os.path.join(out_dir, 'latest.safetensors')
 
 
 def save(*paths):
+    """Called by every process: what FSDP has cut is put together tensor by tensor, and only the master keeps it."""
     state = dict(ema.state_dict())
     if ema_decay:
         state |= {f'train.model.{k}': v for k, v in model.state_dict().items()}
     state |= {f'train.adam.{i}.{k}': v for i, s in optimizer.state_dict()['state'].items() for k, v in s.items()}
-    for path in paths:
+    for k, v in state.items():
+        if fsdp and v.ndim:  # Adam's step counts are not cut
+            whole = v.full_tensor()
+            state[k] = whole.cpu() if master else None
+    for path in paths if master else ():
         save_checkpoint(path, state, model.config, step=step, train=config, scaler=scaler.state_dict(),
                         action_scale=(train_clips.mean.tolist(), train_clips.std.tolist()))
 
 
-step = 0  # finished optimiser steps
+step, adam = 0, {}  # finished optimiser steps, and their moments
+resume = resume or restarts > 0 and os.path.exists(latest)
 if resume:
     try:
         state, _, meta = read_checkpoint(latest, train=True)
@@ -164,20 +187,44 @@ if resume:
         load_weights(model, {k[len(prefix):]: v for k, v in state.items() if k.startswith(prefix)} or average, latest)
     except (FileNotFoundError, ValueError) as e:
         sys.exit(str(e))
-    adam = {}
     for k, v in state.items():
         if k.startswith('train.adam.'):
             i, name = k.split('.')[2:]
             adam.setdefault(int(i), {})[name] = v
-    optimizer.load_state_dict({'state': adam, 'param_groups': optimizer.state_dict()['param_groups']})
     scaler.load_state_dict(meta['scaler'])
     step = meta['step']
-    del state, average, adam
+    del state, average
 elif os.path.exists(latest):
     sys.exit(f'{latest} is there already: add --resume=True to go on, or choose another --out_dir')
+elif init_from:
+    try:
+        load_weights(model, read_checkpoint(init_from)[0], init_from)
+    except (FileNotFoundError, ValueError) as e:
+        sys.exit(str(e))
+    ema.load_state_dict(model.state_dict())
+
+# only now to the device: a model too big for one is cut on the way, block by block
+if grad_checkpoint:
+    for block in model.blocks:
+        block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+if fsdp:
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import distribute_tensor, init_device_mesh
+    mesh = init_device_mesh(kind, (world_size,))
+for m in (model, ema) if ema_decay else (model,):
+    for part in (*m.blocks, m) if fsdp else ():
+        fully_shard(part, mesh=mesh, reshard_after_forward=True)  # the root too: the EMA has no backward to cut it in
+    m.to(device)
+weights = [p for p in model.parameters() if p.requires_grad]
+ema_weights = [e for e, p in zip(ema.parameters(), model.parameters(), strict=True) if p.requires_grad]
+optimizer = torch.optim.AdamW(weights, lr=learning_rate, weight_decay=weight_decay, fused=kind != 'mps')
+if fsdp:
+    adam = {i: {k: distribute_tensor(v, weights[i].device_mesh, weights[i].placements) if v.ndim else v
+                for k, v in s.items()} for i, s in adam.items()}
+optimizer.load_state_dict({'state': adam, 'param_groups': optimizer.state_dict()['param_groups']})
 
 net = torch.compile(model) if compile else model
-if world_size > 1:
+if world_size > 1 and not fsdp:
     net = DDP(net, device_ids=[local_rank] if kind == 'cuda' else None, broadcast_buffers=False)
 
 # logging
@@ -228,41 +275,48 @@ def lr_at(n):
     return min_lr + (learning_rate - min_lr) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
+def load(n):
+    """The clips of this process's share of step n, one (frames, action) per micro-step."""
+    clips = np.random.default_rng([seed, n]).integers(len(train_clips), size=(world_size, grad_accum, batch_size))
+    return [train_clips.batch(numbers) for numbers in clips[rank]]
+
+
 def batches(n):
     """This process's share of step n: yields (frames, action, t, noise), one per micro-step.
 
     All randomness of a step comes from (seed, n) and is drawn for the global batch, so a resumed run repeats the
-    uninterrupted one, and N processes draw what one would.
+    uninterrupted one, and N processes draw what one would. The clips of step n+1 are read while n is computed.
     """
+    global ahead
+    loaded, ahead = ahead.result(), loader.submit(load, n + 1)
     total = batch_size * grad_accum * world_size
-    clips = np.random.default_rng([seed, n]).integers(len(train_clips), size=total)
     generator = torch.Generator(device).manual_seed(seed * 1_000_003 + n)
     t = diffusion.sample_timesteps((total, num_frames), timestep_sampling, timestep_mean, timestep_std,
                                    timestep_per_clip, generator)
     noise = torch.randn(total, num_frames, channels, height, width, device=device, generator=generator)
-    for i in range(rank * grad_accum, (rank + 1) * grad_accum):
+    for i, (frames, action) in enumerate(loaded, start=rank * grad_accum):
         part = slice(i * batch_size, (i + 1) * batch_size)
-        frames, action = train_clips.batch(clips[part])
         yield to_model(frames, device), action.to(device, non_blocking=True), t[part], noise[part]
 
 
+loader = ThreadPoolExecutor(1)
+ahead = loader.submit(load, step)
 decoder = None  # of latents, for pictures and metrics only: training goes on without it
-if channels != 3 and (master or metrics_every):
+if real_data and channels != 3:
     try:
         decoder = load_vae(vae, device)
     except (FileNotFoundError, ValueError) as e:
-        if master:
-            print(f'no pictures of dreams and no metrics: {e}')
+        print(f'no pictures of dreams and no metrics: {e}') if master else None
+val_frames, val_action = val_clips.batch(val_clips.fixed(num_val_clips))
 metric_clips = val_clips.fixed(num_metric_clips)
-metrics_every = metrics_every if channels == 3 or decoder else 0
+metrics_every = metrics_every if real_data and (decoder or channels == 3) else 0
 if metrics_every:
     val_clips.pixels(metric_clips)  # says now, not at that step, if there are none
-val_frames, val_action = val_clips.batch(val_clips.fixed(num_val_clips))
 
 
 @torch.no_grad()
 def validation_loss():
-    """Loss of the EMA weights on fixed clips, timesteps and noise."""
+    """Loss of the EMA weights on fixed clips, timesteps and noise; every process computes it, as FSDP has to."""
     generator = torch.Generator(device).manual_seed(seed)
     total = 0.0
     for frames, action in zip(val_frames.split(batch_size), val_action.split(batch_size), strict=True):
@@ -276,12 +330,14 @@ def validation_loss():
 
 
 def dream_picture():
-    """Held-out clips, truth above dream, as a picture."""
+    """Held-out clips, truth above dream, as a picture; every process dreams it, as FSDP has to."""
     if channels != 3 and not decoder:
         return
     x0, action = to_model(val_frames[:8], device), val_action[:8].to(device)
     with autocast:
         dreamed = dream(ema, diffusion, x0, action, context_frames, sample_steps)
+    if not master:
+        return
     sheet = contact_sheet({'truth': to_pixels(x0, decoder), 'dream': to_pixels(dreamed, decoder)})
     Image.fromarray(sheet).save(os.path.join(out_dir, f'dream_{step:07d}.png'))
     board and board.add_image('dream', sheet, step, dataformats='HWC')
@@ -314,14 +370,17 @@ while step < max_steps and not stop:
         group['lr'] = lr
     for micro, (x0, action, t, noise) in enumerate(batches(step)):
         last = micro == grad_accum - 1
-        with contextlib.nullcontext() if last or world_size == 1 else net.no_sync():
+        if fsdp:
+            model.set_requires_gradient_sync(last)
+        with contextlib.nullcontext() if last or fsdp or world_size == 1 else net.no_sync():
             with autocast:
                 loss = diffusion.loss(net, x0, action, t, noise) / grad_accum
             scaler.scale(loss).backward()
             loss_sum += loss.detach()
     scaler.unscale_(optimizer)
     clip = gradient_clip_norm if gradient_clip_norm and step >= gradient_clip_start else float('inf')
-    norm_sum += torch.nn.utils.clip_grad_norm_(weights, clip)
+    norm = torch.nn.utils.clip_grad_norm_(weights, clip)
+    norm_sum += norm.full_tensor() if fsdp else norm
     scaler.step(optimizer)
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
@@ -335,7 +394,8 @@ while step < max_steps and not stop:
            (('log', log_every), ('val', val_every), ('latest', latest_every), ('keep', keep_every))}
     due['metrics'] = metrics_every and (step == max_steps or step % metrics_every == 0)
     if any(due.values()) or (asked and world_size == 1):
-        size = torch.stack(torch._foreach_norm(weights)).sum().detach()  # not finite if any weight is not
+        held = [p.to_local() for p in weights] if fsdp else weights
+        size = torch.stack(torch._foreach_norm(held)).sum().detach()  # not finite if any weight is not
         sums = torch.stack([loss_sum, norm_sum, size, torch.tensor(float(asked), device=device)])
         if world_size > 1:
             dist.all_reduce(sums)
@@ -353,10 +413,13 @@ while step < max_steps and not stop:
             log(loss=loss_mean, grad_norm=norm, lr=lr, clips_per_s=clips_per_s, mfu=mfu)
             bar.set_postfix(loss=f'{loss_mean:.4f}', clips_s=f'{clips_per_s:.0f}', mfu=f'{mfu:.0%}')
             bar.update(step - bar.n)
-            if due['latest'] or due['keep'] or stop:
-                save(latest, *([os.path.join(out_dir, f'step_{step:07d}.safetensors')] if due['keep'] else []))
-            if due['val']:
-                log(val_loss=validation_loss())
+        if due['latest'] or due['keep'] or stop:
+            save(latest, *([os.path.join(out_dir, f'step_{step:07d}.safetensors')] if due['keep'] else []))
+        if due['val']:
+            val_loss = validation_loss()
+            if master:
+                log(val_loss=val_loss)
+            if real_data:
                 dream_picture()
         if due['metrics']:  # every process does its share
             scores = evaluate(ema, diffusion, val_clips, metric_clips, context_frames, sample_steps, vae=decoder)
@@ -364,6 +427,7 @@ while step < max_steps and not stop:
                 log(**summarise(scores)['means'])
         clock, since = time.perf_counter(), step
 bar.close()
+loader.shutdown()
 if board:
     board.close()
 if world_size > 1:

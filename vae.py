@@ -191,7 +191,7 @@ def load_vae(path='', device='cpu'):
     state = {k: v.flatten(1) if '.attentions.' in k and v.ndim == 4 else v for k, v in state.items()}
 
     widths = [len(state.get(f'encoder.down_blocks.{i}.resnets.0.conv1.weight', ())) for i in range(4)]
-    with torch.device('meta'):  # no memory and no initialisation: the file's tensors become the weights
+    with torch.device('meta'):  # no memory and no initialisation before the tensors are known to fit
         vae = VAE(widths if all(w and w % 32 == 0 for w in widths) else WIDTHS)
     want, have = ({k: tuple(v.shape) for k, v in s.items()} for s in (vae.state_dict(), state))
     wrong = [f'{k} is {have.get(k, "missing")}, not {want.get(k, "expected")}'
@@ -199,5 +199,6 @@ def load_vae(path='', device='cpu'):
     if wrong:
         more = f' and {len(wrong) - 10} more' if len(wrong) > 10 else ''
         raise ValueError(f'{path} is not a Stable Diffusion autoencoder: {"; ".join(wrong[:10])}{more}')
-    vae.load_state_dict(state, assign=True)
-    return vae.to(device, torch.float32, memory_format=torch.channels_last).eval().requires_grad_(False)
+    vae = vae.to(memory_format=torch.channels_last).to_empty(device=device)
+    vae.load_state_dict(state)  # copies: nothing keeps the file mapped
+    return vae.eval().requires_grad_(False)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import TRAIN, error, inline, run
 
+from checkpoint import read_checkpoint
 from evaluate import (
     MAX_PSNR,
     WEIGHTS,
@@ -21,7 +22,6 @@ from evaluate import (
     summarise,
     table,
 )
-from model import read_checkpoint
 from sample import held_out, load_run
 
 FRAMES = torch.rand(2, 3, 3, 64, 64, generator=torch.Generator().manual_seed(0))  # [B,F,C,H,W] in [0, 1]

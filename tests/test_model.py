@@ -2,9 +2,8 @@
 import pytest
 import torch
 
-import model as model_module
 from diffusion import Diffusion
-from model import INJECTIONS, SIZES, NanoWM, NanoWMConfig, load_model, read_checkpoint, save_checkpoint
+from model import INJECTIONS, SIZES, NanoWM, NanoWMConfig
 
 TINY = dict(input_size=(8, 12), patch_size=2, in_channels=3, hidden_size=32, depth=4, num_heads=2, num_frames=4,
             action_dim=3)
@@ -119,43 +118,3 @@ def test_flops_are_those_of_the_matmuls():
                 torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
             model(x, t, a)
         assert abs(model.flops() * 2 / counter.get_total_flops() - 1) < 0.05, injection
-
-
-def test_saved_and_loaded_model_is_the_same(tmp_path):
-    model, path = tiny(injection='film'), str(tmp_path / 'm.safetensors')
-    save_checkpoint(path, {**model.state_dict(), 'train.x': torch.zeros(3)}, model.config, step=7)
-    loaded, meta = load_model(path)
-    assert meta == {'step': 7} and loaded.config == model.config
-    with torch.no_grad():
-        assert torch.equal(loaded(*inputs()), model(*inputs()))
-
-
-def test_a_write_that_fails_leaves_the_old_checkpoint(tmp_path, monkeypatch):
-    model, path = tiny(), str(tmp_path / 'm.safetensors')
-    save_checkpoint(path, model.state_dict(), model.config, step=1)
-
-    def half(state, tmp, metadata):
-        with open(tmp, 'wb') as f:
-            f.write(b'half a file')
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(model_module, 'save_file', half)
-    with pytest.raises(KeyboardInterrupt):
-        save_checkpoint(path, model.state_dict(), model.config, step=2)
-    assert load_model(path)[1]['step'] == 1
-
-
-def test_unusable_checkpoints_say_why(tmp_path):
-    path = str(tmp_path / 'm.safetensors')
-    with pytest.raises(FileNotFoundError, match='no checkpoint at'):
-        load_model(path)
-    model = tiny()
-    state = model.state_dict()
-    state.pop('pos_embed')
-    save_checkpoint(path, {**state, 'extra': torch.zeros(1)}, model.config)
-    with pytest.raises(ValueError, match=r'extra is \(1,\), not expected; pos_embed is missing, not \(1, 24, 32\)'):
-        load_model(path)
-    with open(path, 'r+b') as f:
-        f.truncate(5000)
-    with pytest.raises(ValueError, match='not a readable safetensors file'):
-        read_checkpoint(path)

@@ -14,8 +14,9 @@ import torch
 from conftest import ROOT, error, inline, run
 from raw import KINDS, episodes, film, lerobot, save_pth
 
-from data import Clips, resize
+from data import Clips
 from evaluate import psnr
+from readers import resize
 from vae import VAE
 
 for package in ('h5py', 'pyarrow', 'av'):
@@ -23,7 +24,7 @@ for package in ('h5py', 'pyarrow', 'av'):
 
 
 def command(kind, root, out, size=64):
-    return ['data.py', kind, f'--root={root}', f'--out={out}', '--latents=False', f'--image_size={size}',
+    return ['data.py', kind, f'--root={root}', f'--out={out}', '--latents=False', '--workers=0', f'--image_size={size}',
             *(['--name=mine'] if kind == 'clips' else [])]
 
 
@@ -42,7 +43,7 @@ def assert_equal(out, truth, lossless, size):
     for frames, actions in truth:
         match = [f for f, a in found if a.shape == actions.shape and (a == actions.astype(np.float32)).all()]
         assert len(match) == 1
-        want = resize(frames, size).float() / 255
+        want = torch.from_numpy(resize(frames, size)).float() / 255
         have = torch.from_numpy(match[0]).float() / 255
         assert torch.equal(want, have) if lossless else psnr(want, have).min() > 35
 
@@ -60,7 +61,7 @@ def test_prepared_frames_and_actions_are_those_of_the_source(kind, tmp_path):
 def test_other_versions_of_lerobot_read_alike(version, tmp_path):
     truth = lerobot(str(tmp_path / 'raw'), version)
     inline('data.py', 'lerobot', f'--root={tmp_path / "raw"}', '--name=robot', f'--out={tmp_path / "out"}',
-           '--latents=False', '--image_size=160')
+           '--latents=False', '--image_size=160', '--workers=0')
     assert_equal(tmp_path / 'out', truth, lossless=False, size=160)
 
 
@@ -79,7 +80,8 @@ def test_each_run_goes_from_raw_files_to_a_rollout(kind, tmp_path, monkeypatch):
     monkeypatch.setenv('RESULTS_DIR', str(tmp_path))
     monkeypatch.setenv('VAE_MODEL_PATH', tiny_vae(tmp_path / 'vae'))
     name = 'mine' if kind == 'clips' else kind
-    inline('data.py', kind, f'--root={tmp_path / "raw"}', '--image_size=64', f'--name={name}', '--val_clips=2')
+    inline('data.py', kind, f'--root={tmp_path / "raw"}', '--image_size=64', f'--name={name}', '--val_clips=2',
+           '--workers=0')
     small = ['--model_size=', '--hidden_size=32', '--depth=2', '--num_heads=2', '--compile=False', '--max_steps=20',
              '--num_val_clips=4', '--sample_steps=2', '--batch_size=2', '--device=cpu']
     inline('train.py', f'config/{config}.py', f'--dataset={tmp_path / "data" / name}', *small,

@@ -13,7 +13,7 @@ from conftest import ROOT, TRAIN, error, run
 from PIL import Image
 from safetensors.torch import load_file
 
-from model import load_model
+from checkpoint import load_model
 
 
 def steps_of(out):
