@@ -133,9 +133,9 @@ if __name__ == '__main__':
     width, depth, heads = (settings.get(k, v) for k, v in (('hidden_size', 128), ('depth', 4), ('num_heads', 4)))
     if 'model_size' in settings:
         sizes = {name: {'model_size': name} for name in 'SBL'}
-    else:  # two thirds, all and four thirds of the heads, each as wide as in the base
+    else:  # half, all and one and a half times the heads, each as wide as in the base
         sizes = {f'{h * width // heads}x{depth}': dict(hidden_size=h * width // heads, depth=depth, num_heads=h)
-                 for h in (heads * 2 // 3, heads, heads * 4 // 3)}
+                 for h in (heads // 2, heads, heads * 3 // 2)}
     fixed = dict(target=settings.get('pred_name', 'v'), injection=settings.get('injection', 'additive'),
                  size=settings.get('model_size', f'{width}x{depth}'))
     axes = {'target': ('target', TARGETS), 'injection': ('injection', (*INJECTIONS, DOUBLE_ZERO)),
