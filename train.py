@@ -32,6 +32,7 @@ from checkpoint import load_weights, read_checkpoint, save_checkpoint
 from configurator import configure
 from data import Clips, RandomClips, pick_device, to_model
 from diffusion import Diffusion
+from evaluate import evaluate, summarise
 from model import SIZES, NanoWM, NanoWMConfig
 from sample import contact_sheet, dream, to_pixels
 from vae import load_vae
@@ -91,6 +92,8 @@ val_every = 1000  # validation loss, and a picture of held-out dreams
 latest_every = 1000  # replace latest.safetensors
 keep_every = 10000  # and keep a numbered one
 num_val_clips = 64
+metrics_every = 0  # evaluate.py's PSNR, SSIM and gap between right and wrong actions on a few clips; 0 is never
+num_metric_clips = 16
 sample_steps = 50  # DDIM steps per dreamed frame
 wandb = False  # log to Weights & Biases too
 wandb_project = 'nanowm'
@@ -98,7 +101,7 @@ wandb_project = 'nanowm'
 config = configure(globals())
 
 for key in ('batch_size', 'grad_accum', 'max_steps', 'num_val_clips', 'sample_steps', 'depth', 'num_heads',
-            'patch_size', 'frame_interval'):
+            'patch_size', 'frame_interval', 'num_metric_clips'):
     if config[key] < 1:
         sys.exit(f'{key}={config[key]}: expected 1 or more')
 if not 1 <= context_frames < num_frames:
@@ -298,13 +301,17 @@ def batches(n):
 
 loader = ThreadPoolExecutor(1)
 ahead = loader.submit(load, step)
-decoder = None  # of latents, for the pictures only: training goes on without it
+decoder = None  # of latents, for pictures and metrics only: training goes on without it
 if real_data and channels != 3:
     try:
         decoder = load_vae(vae, device)
     except (FileNotFoundError, ValueError) as e:
-        print(f'no pictures of dreams: {e}') if master else None
+        print(f'no pictures of dreams and no metrics: {e}') if master else None
 val_frames, val_action = val_clips.batch(val_clips.fixed(num_val_clips))
+metric_clips = val_clips.fixed(num_metric_clips)
+metrics_every = metrics_every if real_data and (decoder or channels == 3) else 0
+if metrics_every:
+    val_clips.pixels(metric_clips)  # says now, not at that step, if there are none
 
 
 @torch.no_grad()
@@ -385,6 +392,7 @@ while step < max_steps and not stop:
     # everything below happens now and then; reading a number here is the only wait for the device
     due = {name: step == max_steps or every > 0 and step % every == 0 for name, every in
            (('log', log_every), ('val', val_every), ('latest', latest_every), ('keep', keep_every))}
+    due['metrics'] = metrics_every and (step == max_steps or step % metrics_every == 0)
     if any(due.values()) or (asked and world_size == 1):
         held = [p.to_local() for p in weights] if fsdp else weights
         size = torch.stack(torch._foreach_norm(held)).sum().detach()  # not finite if any weight is not
@@ -413,6 +421,10 @@ while step < max_steps and not stop:
                 log(val_loss=val_loss)
             if real_data:
                 dream_picture()
+        if due['metrics']:  # every process does its share
+            scores = evaluate(ema, diffusion, val_clips, metric_clips, context_frames, sample_steps, vae=decoder)
+            if master:
+                log(**summarise(scores)['means'])
         clock, since = time.perf_counter(), step
 bar.close()
 loader.shutdown()

@@ -18,4 +18,5 @@ gradient_clip_norm = 0.1
 gradient_clip_start = 20_000
 compile = True
 num_val_clips = 256
+metrics_every = 5000
 sample_steps = 250

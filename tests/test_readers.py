@@ -101,7 +101,10 @@ def test_each_run_goes_from_raw_files_to_a_rollout(kind, tmp_path, monkeypatch):
         assert clips.batch(numbers)[0].shape[2:] == (4, 8, 8) and original.shape[2:] == (3, 64, 64)
         copied = psnr(original[:, :1].float() / 255, original[:, 1:].float() / 255).mean()
         with open(tmp_path / 'run' / 'metrics.json') as f:
-            assert abs(json.load(f)['copy_psnr'] - copied) < 1e-3  # against the original pixels, not the VAE's
+            means = json.load(f)['means']
+        assert abs(means['copy_psnr'] - copied) < 1e-3  # against the original pixels, not the VAE's
+        assert means.keys() == {f'{who}_{metric}' for who in ('copy', 'wrong', 'vae', 'gap')
+                                for metric in ('psnr', 'ssim')} | {'psnr', 'ssim'} == {*log[-1]} - {'step'}
 
 
 def contents(root):

@@ -14,7 +14,6 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from checkpoint import load_model
-from evaluate import MAX_PSNR, psnr, ssim
 
 
 def steps_of(out):
@@ -171,32 +170,3 @@ def test_sample_writes_a_video_of_any_length(trained, tmp_path):
     if pytest.importorskip('imageio_ffmpeg'):
         run('sample.py', f'--ckpt={trained}', f'--out={mp4}', '--num_frames=3', '--num_clips=1')
         assert os.path.getsize(mp4) > 500
-
-
-def test_evaluate_writes_every_metric_whatever_the_batch(trained, tmp_path):
-    run('evaluate.py', f'--ckpt={trained}', '--num_clips=6', '--batch_size=4')
-    run('evaluate.py', f'--ckpt={trained}', '--num_clips=6', '--batch_size=6', f'--out_dir={tmp_path}')
-    with open(os.path.join(trained, 'metrics.json')) as f, open(tmp_path / 'metrics.json') as g:
-        metrics, whole = json.load(f), json.load(g)
-    assert abs(metrics['psnr'] - whole['psnr']) < 1e-3 and abs(metrics['ssim'] - whole['ssim']) < 1e-5
-    assert metrics['num_clips'] == 6 and len(metrics['per_frame']['psnr']) == 3
-    for key in ('psnr', 'ssim', 'copy_psnr', 'wrong_psnr', 'seconds'):
-        assert np.isfinite(metrics[key])
-    assert os.path.exists(os.path.join(trained, 'metrics.png'))
-
-
-def test_psnr_and_ssim_are_those_of_the_formula():
-    g = torch.Generator().manual_seed(0)
-    a = torch.rand(2, 3, 3, 20, 24, generator=g)
-    b = (a + 0.1 * torch.randn(a.shape, generator=g)).clamp(0, 1)
-    assert torch.allclose(psnr(a, b), 10 * torch.log10(1 / ((a - b) ** 2).mean((2, 3, 4))), atol=1e-5)
-    assert (psnr(a, a) == MAX_PSNR).all() and torch.allclose(ssim(a, a), torch.ones(2, 3))
-    assert (psnr(a, b) > psnr(a, 1 - a)).all() and (ssim(a, b) > ssim(a, a.flip(-1))).all()
-    # SSIM of one 11x11 window, written out
-    w = torch.exp(-(torch.arange(11.0) - 5) ** 2 / 4.5)
-    w = torch.outer(w, w) / w.sum() ** 2
-    x, y = a[0, 0, 0, :11, :11], b[0, 0, 0, :11, :11]
-    mx, my = (w * x).sum(), (w * y).sum()
-    vx, vy, vxy = (w * x * x).sum() - mx ** 2, (w * y * y).sum() - my ** 2, (w * x * y).sum() - mx * my
-    want = (2 * mx * my + 1e-4) * (2 * vxy + 9e-4) / ((mx ** 2 + my ** 2 + 1e-4) * (vx + vy + 9e-4))
-    assert torch.allclose(ssim(x[None], y[None]), want, atol=1e-5)
