@@ -22,7 +22,7 @@ test: .venv/testable
 	touch $@
 
 .venv/testable: .venv/installed
-	$(BIN)/pip install --quiet -e '.[test]'
+	$(BIN)/pip install --quiet -e '.[test,eval]' "torch==$$($(BIN)/python -c 'import torch; print(torch.__version__.split("+")[0])')"
 	touch $@
 
 .PHONY: demo test
