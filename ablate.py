@@ -6,9 +6,10 @@
     python ablate.py config/wall_ablation.py --axis=steps             # of sampling, for each target and solver
     python ablate.py config/rt1_b2.py --launch='torchrun --nproc_per_node=8'
 
-An arm is a folder of out_dir named by its settings, so axes share the arms they have in common. After an interruption
-the same command goes on: what is done (its metrics.json is there; delete the folder to do it again) is skipped, what
-was begun is resumed. Leaves results/<axis>_<config>.md and .png.
+An arm is a folder of out_dir named by target, injection, size and seed, so axes share the arms they have in common; for
+other --train_options or --eval_options use another --out_dir. After an interruption the same command goes on: what is
+done (its metrics.json is there; delete the folder to do it again) is skipped, what was begun is resumed. Leaves
+results/<axis>_<config>.md and .png.
 """
 import json
 import os
@@ -96,7 +97,7 @@ def compare_arms(arms):
                       *(cell(*over_seeds(runs, k), k) for k in columns), f'{low:.2f} to {high:.2f}']
     whose = {'dream': 'psnr', 'copy': 'copy_psnr', 'wrong actions': 'wrong_psnr'}
     curves = {label: [over_seeds(runs, key) for runs in arms.values()] for label, key in whose.items()}
-    names = [name.replace('_', ' ').replace('attention ', '') for name in arms]
+    names = [name.replace('_', ' ').replace('attention ', '') for name in arms]  # or labels meet
     return markdown(rows), plot(curves, names, f'PSNR in dB by {axis}', joined=False, size=(760, 320))
 
 
@@ -130,6 +131,7 @@ if __name__ == '__main__':
     if not os.path.exists(base):
         sys.exit(f'{base}: no such config file')
     settings, base_name = runpy.run_path(base), os.path.splitext(os.path.basename(base))[0]
+    # where the base says nothing: train.py's defaults
     width, depth, heads = (settings.get(k, v) for k, v in (('hidden_size', 128), ('depth', 4), ('num_heads', 4)))
     if 'model_size' in settings:
         sizes = {name: {'model_size': name} for name in 'SBL'}

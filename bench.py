@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from configurator import configure
-from data import Clips, pick_device, to_model
+from data import DTYPES, Clips, autocast, pick_device, pick_dtype, to_model
 from diffusion import Diffusion
 from model import SIZES, NanoWM, NanoWMConfig
 
@@ -26,12 +26,11 @@ mode = 'all'  # train, rollout, data or all
 out = 'bench.json'  # file to write
 repeats = 3
 device = ''  # cpu, cuda, mps; '' is the best there is
-dtype = ''  # fp32 or bf16 autocast; '' is bf16 on CUDA, else fp32
+dtype = ''  # fp32, bf16 or fp16 autocast; '' is bf16 on CUDA, else fp32
 compile = False  # torch.compile the model
 # data
-dataset = ''  # made by data.py; '' is random numbers of the shape below
-channels = 4  # 3 are uint8 pixels, others float16 latents
-image_size = 32  # of a frame, square
+dataset = ''  # made by data.py; where there is none: random numbers of the shape below
+frame_shape = (4, 32, 32)  # channels, height, width: 3 channels are uint8 pixels, others float16 latents
 action_dim = 7
 num_frames = 4  # frames per clip, and the model's window
 frame_interval = 1
@@ -42,6 +41,7 @@ hidden_size = 128
 depth = 4
 num_heads = 4
 injection = 'additive'
+causal = True
 pred_name = 'v'
 batch_size = 8  # clips per training step
 # rollouts
@@ -65,13 +65,9 @@ total = rollout_frames or num_frames
 if num_frames < 2 or not 1 <= context_frames < total:
     sys.exit(f'num_frames={num_frames}, context_frames={context_frames}: expected 2 or more, and 1 to {total - 1}')
 device = pick_device(device)
-kind = device.split(':')[0]
-dtype = dtype or ('bf16' if kind == 'cuda' else 'fp32')
-number = {'fp32': torch.float32, 'bf16': torch.bfloat16}.get(dtype)
-if not number:
-    sys.exit(f'dtype={dtype!r}: expected fp32 or bf16')
-autocast = torch.autocast(kind, number, enabled=dtype != 'fp32')
-torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+kind = torch.device(device).type
+dtype = pick_dtype(dtype, device)
+precision = autocast(device, dtype)
 torch.manual_seed(0)
 name = torch.cuda.get_device_name() if kind == 'cuda' else f'{kind}, {torch.get_num_threads()} threads'
 result = {'device': name, 'dtype': dtype, 'torch': torch.__version__, 'settings': config}
@@ -97,19 +93,19 @@ def build(window):
     """A model of this window without a zero in it: zero-initialised layers would make every comparison trivial."""
     shape = SIZES.get(model_size, dict(hidden_size=hidden_size, depth=depth, num_heads=num_heads))
     model = NanoWM(NanoWMConfig(input_size=size[1:], patch_size=patch_size, in_channels=size[0], num_frames=window,
-                                action_dim=A, injection=injection, **shape))
+                                action_dim=A, injection=injection, causal=causal, **shape))
     for p in model.parameters():
         if not p.any():
             torch.nn.init.normal_(p, std=0.02)
     return model.to(device)
 
 
-if not dataset:  # random, but prepared like any other, so that loading it can be measured
+if not os.path.exists(dataset):  # random, but prepared like any other, so that loading it can be measured
     folder = tempfile.TemporaryDirectory()
     dataset, rows = folder.name, 64 * num_frames * frame_interval
     os.makedirs(f'{dataset}/train')
-    pixels = np.random.default_rng(0).integers(256, size=(rows, channels, image_size, image_size), dtype=np.uint8)
-    np.save(f'{dataset}/train/frames.npy', pixels if channels == 3 else (pixels / 64 - 2).astype(np.float16))
+    pixels = np.random.default_rng(0).integers(256, size=(rows, *frame_shape), dtype=np.uint8)
+    np.save(f'{dataset}/train/frames.npy', pixels if frame_shape[0] == 3 else (pixels / 64 - 2).astype(np.float16))
     np.save(f'{dataset}/train/actions.npy', np.ones((rows, action_dim), np.float32))
     np.save(f'{dataset}/train/episodes.npy', [0, rows])
     with open(f'{dataset}/meta.json', 'w') as f:
@@ -128,7 +124,7 @@ if mode in ('train', 'all'):
     x0, action = to_model(x0, device), action.to(device)
 
     def step():
-        with autocast:
+        with precision:
             loss = diffusion.loss(net, x0, action)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -136,7 +132,7 @@ if mode in ('train', 'all'):
         optimizer.zero_grad(set_to_none=True)
 
     n = 2048 if kind == 'cpu' else 8192
-    a, b = (torch.randn(n, n, device=device, dtype=number) for _ in range(2))
+    a, b = (torch.randn(n, n, device=device, dtype=DTYPES[dtype]) for _ in range(2))
     matmul = lambda: min(seconds(lambda: a @ b) for _ in range(8))  # noqa: E731
     step(), matmul()  # to warm up; then in turns, as the machine's speed may change
     took, yardstick = map(min, zip(*((seconds(step), matmul()) for _ in range(repeats)), strict=True))
@@ -163,7 +159,7 @@ def compare(title, net, context, action, num_frames, num_steps, **options):
     noise, videos = torch.randn(len(action), num_frames, *context.shape[2:], device=device), {}
 
     def roll(cache, num_steps=num_steps):
-        with autocast:
+        with precision:
             videos[cache] = diffusion.sample(net, context, action, num_frames, num_steps, noise=noise, cache=cache,
                                              context_noise=noise[:len(context)], **options)
 
@@ -187,7 +183,7 @@ if mode in ('rollout', 'all'):
     past = history or num_frames - 1  # one interactive frame: from an action to the picture it leads to
     context, action = noise(1, past, *size), noise(1, past + 1, A)
     frame = lambda: diffusion.sample(net, context, action, past + 1, sample_steps)  # noqa: E731
-    with autocast:
+    with precision:
         report('one_frame', 1e3 * min([seconds(frame) for _ in range(repeats + 1)][1:]), 'ms')
     net = torch.compile(build(cem_frames + 1), disable=not compile)
     compare('cem', net, noise(1, 1, *size), noise(cem_rollouts, cem_frames + 1, A), cem_frames + 1, cem_steps)

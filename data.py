@@ -131,17 +131,42 @@ class Clips:
         return torch.from_numpy(self.original[self.stretches[s, 2] + rows - self.stretches[s, 0]])
 
 
+# who am I among the processes that torchrun started?
+RANK, LOCAL_RANK, WORLD_SIZE = (int(os.environ.get(k, d)) for k, d in
+                                (('RANK', 0), ('LOCAL_RANK', 0), ('WORLD_SIZE', 1)))
+
+
 def pick_device(name=''):
-    """The device of that name, or the best there is; ends with one line if it is not there."""
+    """The device of that name, or the best there is (under torchrun the process's own); ends with one line if it is not
+    there."""
     best = 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
+    name = name or best
     try:
-        return str(torch.empty(0, device=name or best).device)
+        if name == 'cuda':
+            torch.cuda.set_device(LOCAL_RANK)
+        return str(torch.empty(0, device=name).device)
     except (RuntimeError, AssertionError, AttributeError):
         sys.exit(f'device={name!r} is not available here; try --device={best}')
 
 
+DTYPES = {'fp32': torch.float32, 'bf16': torch.bfloat16, 'fp16': torch.float16}
+
+
+def pick_dtype(name, device):
+    """The name of the dtype to compute in: '' is bf16 on CUDA, else fp32. Ends with one line if it is none."""
+    name = name or ('bf16' if torch.device(device).type == 'cuda' else 'fp32')
+    return name if name in DTYPES else sys.exit(f'dtype={name!r}: expected {", ".join(DTYPES)}')
+
+
+def autocast(device, dtype):
+    """The context to compute in: products in `dtype`, weights in fp32."""
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    # no cache: a weight is used once a pass, and copies would add up to a whole model where FSDP holds a part of one
+    return torch.autocast(torch.device(device).type, DTYPES[dtype], dtype != 'fp32', False)
+
+
 class RandomClips:
-    """Random numbers with the interface of Clips: an endless dataset of no size, for benchmarks and trying configs.
+    """Random numbers with the interface of Clips: for train.py's real_data=False.
 
     frame_shape (C,H,W): 3 channels make uint8 pixels, others normal latents as float16. A clip is a window of one pool.
     """
@@ -218,21 +243,20 @@ def write_rows(path, row, values):
         f.write(np.ascontiguousarray(values, dtype=array.dtype))
 
 
-def prepare(asked, out, settings, vae=None, workers=0):
+def prepare(out, settings, vae=None, workers=0):
     """Write the episodes of a dataset into `out`, as pixels or with a VAE as latents; `out` appears when complete.
 
-    asked: what readers.open_source takes. Resumes from out.partial. Under torchrun each process does every
-    world_size-th episode; each reads ahead with so many workers (0: in this process).
+    settings: those of this file that say what to write. Resumes from out.partial. Under torchrun each process does
+    every WORLD_SIZE-th episode; each reads ahead with so many workers (0: in this process). Raises readers.Missing.
     """
-    source, device = readers.open_source(asked), next(vae.parameters()).device if vae else None
-    rank, world_size = (int(os.environ.get(k, d)) for k, d in (('RANK', 0), ('WORLD_SIZE', 1)))
-    if world_size > 1:
+    source, device = readers.open_source(settings), next(vae.parameters()).device if vae else None
+    if WORLD_SIZE > 1:
         dist.init_process_group('gloo', timeout=timedelta(days=30))
     partial = f'{out}.partial'
     files, jobs, stretches = plan(source, settings['image_size'], vae, *(settings[k] for k in (
         'val_share', 'val_clips', 'val_frames', 'seed')))
-    begun = json.dumps([asked, settings, bool(vae), [e[:2] for e in source.episodes]])
-    if rank == 0 and not os.path.exists(f'{partial}/begun.json'):
+    begun = json.dumps([settings, [e[:2] for e in source.episodes]])
+    if RANK == 0 and not os.path.exists(f'{partial}/begun.json'):
         shutil.rmtree(partial, ignore_errors=True)
         for path, (dtype, shape) in files.items():
             os.makedirs(os.path.dirname(f'{partial}/{path}'), exist_ok=True)
@@ -240,7 +264,7 @@ def prepare(asked, out, settings, vae=None, workers=0):
         with open(f'{partial}/begun.json.tmp', 'w') as f:
             f.write(begun)
         os.rename(f'{partial}/begun.json.tmp', f'{partial}/begun.json')
-    if world_size > 1:
+    if WORLD_SIZE > 1:
         dist.barrier()
     with open(f'{partial}/begun.json') as f:
         if f.read() != begun:
@@ -258,14 +282,14 @@ def prepare(asked, out, settings, vae=None, workers=0):
         return outcomes
 
     done = {i for i, error in journals().items() if error is None}
-    todo = [job for job in jobs[rank::world_size] if job[0] not in done]
-    journal = open(f'{partial}/journal.{rank}', 'a')
+    todo = [job for job in jobs[RANK::WORLD_SIZE] if job[0] not in done]
+    journal = open(f'{partial}/journal.{RANK}', 'a')
     journal.write('\n')  # after a line that a kill cut short
-    bar = tqdm(total=len(jobs[rank::world_size]), initial=len(jobs[rank::world_size]) - len(todo), unit='episode',
-               desc=f'preparing {os.path.basename(out)}', disable=rank > 0)
+    bar = tqdm(total=len(jobs[RANK::WORLD_SIZE]), initial=len(jobs[RANK::WORLD_SIZE]) - len(todo), unit='episode',
+               desc=f'preparing {os.path.basename(out)}', disable=RANK > 0)
     if workers:
         pool = ProcessPoolExecutor(min(workers, len(todo) or 1), multiprocessing.get_context('spawn'),
-                                   readers.start_worker, (asked,))
+                                   readers.start_worker, (source,))
     else:
         pool = ThreadPoolExecutor(1)
     with pool:  # the next episodes are read while this one is encoded
@@ -288,11 +312,11 @@ def prepare(asked, out, settings, vae=None, workers=0):
             bar.update()
     bar.close()
     journal.close()
-    if world_size > 1:
+    if WORLD_SIZE > 1:
         dist.barrier()
-    if rank == 0:
+    if RANK == 0:
         finish(source, out, settings, jobs, stretches, journals(), vae)
-    if world_size > 1:
+    if WORLD_SIZE > 1:
         dist.barrier()
         dist.destroy_process_group()
 
@@ -318,7 +342,7 @@ def finish(source, out, settings, jobs, stretches, outcomes, vae):
     mean = sum(actions[a:b].sum(axis=0, dtype=np.float64) for a, b in spans['train']) / count
     var = sum(((actions[a:b] - mean) ** 2).sum(axis=0) for a, b in spans['train']) / count
     meta = settings | dict(action_mean=mean.tolist(), action_std=np.sqrt(var).tolist(), broken=broken,
-                           fixed_starts=any(e.start >= 0 for e in source.episodes), latents=bool(vae))
+                           fixed_starts=any(e.start >= 0 for e in source.episodes))
     with open(f'{partial}/meta.json', 'w') as f:
         json.dump(meta, f, indent=1)
     for name in os.listdir(partial):
@@ -378,12 +402,12 @@ if __name__ == '__main__':
     out = os.path.normpath(out or os.path.join(results, 'data', name))
     if os.path.exists(out):
         sys.exit(f'{out} is there already; delete it to make it again, or choose another --out')
-    asked = dict(what=what, root=root, episodes=episodes, seed=seed, image_size=image_size, image_key=image_key,
-                 relative_actions=relative_actions, train_list=train_list, val_list=val_list, val_starts=val_starts)
-    settings = dict(name=name, kind=what, image_size=image_size, val_share=val_share, val_clips=val_clips,
-                    val_frames=val_frames, seed=seed)
+    settings = dict(name=name, what=what, root=root, episodes=episodes, seed=seed, image_size=image_size,
+                    latents=latents, val_share=val_share, val_clips=val_clips, val_frames=val_frames,
+                    image_key=image_key, relative_actions=relative_actions, train_list=train_list, val_list=val_list,
+                    val_starts=val_starts)
     try:
-        prepare(asked, out, settings, load_vae(vae, pick_device(device)) if latents else None, workers)
+        prepare(out, settings, load_vae(vae, pick_device(device)) if latents else None, workers)
     except (readers.Missing, OSError, ValueError) as e:
         sys.exit(str(e) + ('; --latents=False keeps pixels' if 'sd-vae' in str(e) else ''))
     except KeyboardInterrupt:

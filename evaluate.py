@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
-from data import pick_device, to_model
+from data import RANK, WORLD_SIZE, autocast, pick_device, pick_dtype, to_model
 from sample import beside, contact_sheet, dream, held_out, load_decoder, load_run, to_pixels
 
 MAX_PSNR = 58.92  # 10 log10(12 * 255^2): the error of rounding to 8 bits; an identical frame scores this, not infinity
@@ -154,13 +154,15 @@ def frechet(a, b):
 
 @torch.no_grad()
 def evaluate(model, diffusion, clips, numbers, num_context, num_steps, batch_size=64, seed=0, vae=None, networks=None,
-             **options):
+             dtype='fp32', **options):
     """Score the predicted frames of clips `numbers`, shared among the processes if there are several.
 
     Returns {name: [num_clips, predicted]} for psnr, ssim and lpips (if it is among `networks`) of the dream, and under
     copy_, wrong_ and, with a VAE, vae_ of the baselines. fid and fvd are features [num_clips, n, d], also under truth_.
     Clip i draws its noise from seed + i. options go to Diffusion.sample.
     """
+    if len(numbers) < 2:
+        raise ValueError('wrong actions are those of another clip: 2 clips or more are needed')
     device, metrics = model.pos_embed.device, {'psnr': psnr, 'ssim': ssim} | (networks or {})
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     share = -(-len(numbers) // world_size)  # the same for all, as FSDP wants: the last may do some clips twice
@@ -175,7 +177,8 @@ def evaluate(model, diffusion, clips, numbers, num_context, num_steps, batch_siz
             last, truth = truth[:, num_context - 1:num_context], truth[:, num_context:]
             predictions = {'copy_': last.expand_as(truth)}
             for who, action in (('', right), ('wrong_', wrong)):
-                x = dream(model, diffusion, x0, action.to(device), num_context, num_steps, seed + first, **options)
+                with autocast(device, dtype):
+                    x = dream(model, diffusion, x0, action.to(device), num_context, num_steps, seed + first, **options)
                 predictions[who] = pixels(x[:, num_context:])
                 bar.update(len(part))
             if vae:
@@ -302,6 +305,7 @@ if __name__ == '__main__':
     seed = 42  # of the choice of clips
     vae = ''  # decodes latents: folder or file; '' is $VAE_MODEL_PATH or pretrained/sd-vae-ft-mse
     device = ''  # cpu, cuda, mps; '' is the best there is
+    dtype = ''  # fp32, bf16 or fp16 autocast; '' is bf16 on CUDA, else fp32
     # what only a checkpoint that train.py did not write has to be told
     pred_name: str = None  # epsilon, x, v or flow
     frame_interval: int = None
@@ -317,12 +321,9 @@ if __name__ == '__main__':
     wanted = [m for m in metrics.split(',') if m]
     if {*wanted} - {'lpips', 'fid', 'fvd'} or lpips_net not in ('vgg', 'alex'):
         sys.exit(f'metrics={metrics!r}, lpips_net={lpips_net!r}: expected some of lpips,fid,fvd, and vgg or alex')
-    rank, local_rank, world_size = (int(os.environ.get(k, d)) for k, d in
-                                    (('RANK', 0), ('LOCAL_RANK', 0), ('WORLD_SIZE', 1)))
     device = pick_device(device)
-    if world_size > 1:
-        if device.startswith('cuda'):
-            torch.cuda.set_device(device := f'cuda:{local_rank}')
+    dtype = pick_dtype(dtype, device)
+    if WORLD_SIZE > 1:
         dist.init_process_group('nccl' if device.startswith('cuda') else 'gloo')
     model, diffusion, cfg = load_run(ckpt, device, dataset, context_frames, pred_name=pred_name,
                                      frame_interval=frame_interval, normalize_action=normalize_action,
@@ -338,16 +339,16 @@ if __name__ == '__main__':
     options = dict(schedule=schedule, solver=solver, grid=grid, cache=cache)
     try:
         scores = evaluate(model, diffusion, clips, numbers, context_frames, num_steps, batch_size, vae=vae,
-                          networks=networks, **options)
+                          networks=networks, dtype=dtype, **options)
     except ValueError as e:  # a schedule or solver there is not
         sys.exit(str(e))
-    if world_size > 1:
+    if WORLD_SIZE > 1:
         dist.destroy_process_group()
-    if rank:
+    if RANK:
         sys.exit()
 
     settings |= dict(dataset=dataset or cfg['dataset'], num_frames=num_frames, context_frames=context_frames,
-                     num_steps=num_steps, num_clips=len(numbers), processes=world_size, machine=machine(device),
+                     num_steps=num_steps, num_clips=len(numbers), processes=WORLD_SIZE, machine=machine(device),
                      parameters=sum(p.numel() for p in model.parameters()), train=cfg)
     results = summarise(scores)
     out_dir = out_dir or beside(ckpt) or '.'
@@ -357,8 +358,9 @@ if __name__ == '__main__':
     shown = {'truth': [], 'dream': []}
     for i in order[[-1, len(order) // 2, 0]]:
         frames, action = clips.batch(numbers[i:i + 1])
-        dreamed = dream(model, diffusion, to_model(frames, device), action.to(device), context_frames, num_steps,
-                        seed=int(i), **options)
+        with autocast(device, dtype):
+            dreamed = dream(model, diffusion, to_model(frames, device), action.to(device), context_frames, num_steps,
+                            seed=int(i), **options)
         shown['truth'].append(clips.pixels(numbers[i:i + 1]).permute(0, 1, 3, 4, 2).numpy())
         shown['dream'].append(to_pixels(dreamed, vae))
     sheet = contact_sheet({k: np.concatenate(v) for k, v in shown.items()})

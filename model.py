@@ -98,7 +98,8 @@ class Attention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x, rope, temporal, mask=None, cache=None, frame=None, skip=0):
-        B, N, P, D = x.shape  # N frames
+        """x [B,N,P,D] of N frames -> [B,N-skip,P,D]. mask [N,K] is for time; without a cache: the causal one."""
+        B, N, P, D = x.shape
         qkv = self.qkv(x).view(B, N, P, 3, self.num_heads, D // self.num_heads)
         qkv = qkv.float() if x.device.type == 'cpu' else qkv  # attention on a CPU is slower in bf16
         q, k, v = qkv.unbind(3)  # [B,N,P,heads,d]: views, so nothing is copied until the product
@@ -191,12 +192,12 @@ class Block(nn.Module):
             mod = mod + self.action_adaLN_modulation(a)
         shift, scale = mod[:, :, None].chunk(6, dim=-1)[:2]  # each [B,F,1,D]
         h = self.attn(modulate(norm(x), shift, scale), rope, self.temporal, mask, cache, frame, skip)
-        x, mod, seen = x[:, skip:], mod[:, skip:], a[:, skip:]  # the others only had to be seen
+        x, mod = x[:, skip:], mod[:, skip:]  # the others only had to be seen
         gate1, shift2, scale2, gate2 = mod[:, :, None].chunk(6, dim=-1)[2:]
 
         x = x + gate1 * h
         if self.injection == 'film':
-            gamma, beta = self.film_modulation(seen)[:, :, None].chunk(2, dim=-1)
+            gamma, beta = self.film_modulation(a[:, skip:])[:, :, None].chunk(2, dim=-1)
             x = modulate(x, beta, gamma)
         x = x + gate2 * self.mlp(modulate(norm(x), shift2, scale2))
         if self.injection == 'cross_attention':
@@ -345,5 +346,5 @@ class NanoWM(nn.Module):
             keys = P if not b.temporal else (N + 1) / 2 if cfg.causal else N
             per_token += 2 * 16 * D * D + 4 * D * keys
             if b.injection == 'cross_attention' and b.temporal:
-                per_token += 2 * 2 * D * D + 4 * D * (N + 1) / 2
+                per_token += 2 * 2 * D * D + 4 * D * keys
         return N * (per_frame + P * per_token)

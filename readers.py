@@ -48,7 +48,7 @@ class Episode(NamedTuple):
 
 
 class Source(NamedTuple):
-    """Episodes, numbers per action, and read(key) -> frames uint8 [T,H,W,3], actions float [T,A]."""
+    """Episodes, numbers per action, and read(key) -> frames uint8 [T,H,W,3], actions float [T,A] (to be pickled)."""
     episodes: list
     action_dim: int
     read: Callable
@@ -58,19 +58,19 @@ class Missing(Exception):
     """The folder is not what the reader expects, or a package is not installed: one line to show."""
 
 
-def open_source(asked):
-    """The Source that data.py's settings `asked` name; read_episode then reads from it."""
-    what, root, episodes = asked['what'], asked['root'], asked['episodes']
+def open_source(settings):
+    """The Source that data.py's settings name; read_episode then reads from it. Raises Missing."""
+    what, root, episodes = settings['what'], settings['root'], settings['episodes']
     if what in envs.WORLDS:
-        source = world(what, episodes, asked['image_size'], asked['seed'])
+        source = world(what, episodes, settings['image_size'], settings['seed'])
     elif what == 'clips':
         source = clips(root)
     elif what == 'csgo':
-        source = csgo(root, asked['train_list'], asked['val_list'], asked['val_starts'])
+        source = csgo(root, settings['train_list'], settings['val_list'], settings['val_starts'])
     elif what in ('rt1', 'lerobot'):
-        source = lerobot(root, asked['image_key'])
+        source = lerobot(root, settings['image_key'])
     else:
-        source = dino_wm(root, what.removeprefix('dino_'), asked['relative_actions'])
+        source = dino_wm(root, what.removeprefix('dino_'), settings['relative_actions'])
     if 0 < episodes < len(source.episodes):  # spread over all of them
         every = len(source.episodes) / episodes
         source = source._replace(episodes=[source.episodes[int(i * every)] for i in range(episodes)])
@@ -81,12 +81,12 @@ def open_source(asked):
 opened = []  # the Source that this process reads
 
 
-def start_worker(asked):
+def start_worker(source):
     """What a reading process does first: it leaves when its parent does, even by kill -9 or Ctrl-C."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=lambda: multiprocessing.parent_process().join() or os._exit(1), daemon=True).start()
     torch.set_num_threads(1)
-    open_source(asked)
+    opened[:] = [source]
 
 
 def read_episode(number, size):
@@ -148,6 +148,7 @@ def read_video(path, first, count):
 # LeRobot
 
 def lerobot(root, image_key, action_key='action'):
+    """meta/info.json says where episodes are: each in files of its own (v2), or many in one (v3). Raises Missing."""
     parquet = extra('pyarrow.parquet', 'pyarrow')
     with open(one_of(root, 'meta/info.json')) as f:
         info = json.load(f)
@@ -179,29 +180,33 @@ def lerobot(root, image_key, action_key='action'):
         return (info['data_path'].format(chunk_index=row['data/chunk_index'], file_index=row['data/file_index']),
                 video, round(row.get(f'{prefix}/from_timestamp', 0) * info['fps']))
 
-    @functools.lru_cache(maxsize=1)
-    def table(path):
-        columns = ['episode_index', action_key] + [image_key] * (features[image_key]['dtype'] == 'image')
-        t = parquet.read_table(os.path.join(root, path), columns=columns)
-        return t['episode_index'].to_numpy(), t
-
-    def read(key):
-        i, length, data, video, first = key
-        index, t = table(data)
-        rows = np.flatnonzero(index == i)
-        if len(rows) != length:
-            raise ValueError(f'{data} has {len(rows)} rows of it, not {length}')
-        t = t.slice(rows[0], length)
-        if features[image_key]['dtype'] == 'image':
-            frames = np.stack([np.asarray(Image.open(io.BytesIO(x['bytes'])).convert('RGB'))
-                               for x in t[image_key].to_pylist()])
-        else:
-            frames = read_video(os.path.join(root, video), first, length)
-        return frames, np.array(t[action_key].to_pylist()).reshape(length, -1)
-
+    as_video = features[image_key]['dtype'] == 'video'
+    columns = ('episode_index', action_key) if as_video else ('episode_index', action_key, image_key)
     episodes = [Episode(f'{root} episode {r["episode_index"]}', r['length'],
                         (r['episode_index'], r['length'], *place(r))) for r in rows]
-    return Source(episodes, int(np.prod(features[action_key]['shape'])), read)
+    return Source(episodes, int(np.prod(features[action_key]['shape'])),
+                  functools.partial(read_lerobot, root, columns))
+
+
+@functools.lru_cache(maxsize=1)  # the next episode is in the same file
+def parquet_table(path, columns):
+    table = extra('pyarrow.parquet', 'pyarrow').read_table(path, columns=list(columns))
+    return table['episode_index'].to_numpy(), table
+
+
+def read_lerobot(root, columns, key):
+    i, length, data, video, first = key
+    index, table = parquet_table(os.path.join(root, data), columns)
+    rows = np.flatnonzero(index == i)
+    if len(rows) != length:
+        raise ValueError(f'{data} has {len(rows)} rows of it, not {length}')
+    table = table.slice(rows[0], length)
+    if len(columns) == 2:
+        frames = read_video(os.path.join(root, video), first, length)
+    else:  # pictures in the table
+        frames = np.stack([np.asarray(Image.open(io.BytesIO(x['bytes'])).convert('RGB'))
+                           for x in table[columns[2]].to_pylist()])
+    return frames, np.array(table[columns[1]].to_pylist()).reshape(length, -1)
 
 
 # -----------------------------------------------------------------------------
@@ -237,16 +242,18 @@ def csgo(root, train_list='', val_list='', val_starts=''):
         except OSError:
             return 1000  # broken: reading it will say so by name
 
-    def read(key):
-        with h5py.File(key[0]) as f:
-            frames = np.stack([f[f'frame_{i}_x'][:] for i in range(key[1])])
-            return frames[..., ::-1], np.stack([f[f'frame_{i}_y'][:] for i in range(key[1])])  # stored as BGR
-
     episodes = []
     for name, path in tqdm(found.items(), desc='looking into files', unit='file', leave=False):
         n = length(path)
         episodes.append(Episode(path, n, (path, n), split.get(name, ''), start.get(name, -1)))
-    return Source(episodes, 51, read)
+    return Source(episodes, 51, read_csgo)
+
+
+def read_csgo(key):
+    path, length = key
+    with extra('h5py').File(path) as f:
+        frames = np.stack([f[f'frame_{i}_x'][:] for i in range(length)])
+        return frames[..., ::-1], np.stack([f[f'frame_{i}_y'][:] for i in range(length)])  # stored as BGR
 
 
 # -----------------------------------------------------------------------------
@@ -278,6 +285,8 @@ def load_plain(path):
 
 
 def dino_wm(root, name, relative_actions=True):
+    """actions.pth [N,T,A] (pusht: rel_actions.pth or abs_actions.pth) with obses/episode_000.pth or .mp4; in the
+    deformable sets 000000/obses.pth. pusht's actions are pixels and become hundredths. Raises Missing."""
     for folder in (os.path.join(root, DINO_WM[name]), root):  # the folder of all sets, or this one
         if os.path.isdir(folder):
             root = folder
@@ -301,91 +310,60 @@ def dino_wm(root, name, relative_actions=True):
             paths = [f'{part}/{i:06d}/obses.pth' for i in range(N)]
         episodes += [Episode(path, lengths[i], (path, split, i, lengths[i]), split) for i, path in enumerate(paths)]
 
-    def read(key):
-        path, split, i, length = key
-        frames = read_video(path, 0, length) if path.endswith('mp4') else load_plain(path)[:length]
-        if frames.dtype != np.uint8:  # some were saved as float
-            frames = (frames * (255 if frames.max() <= 1 else 1)).round().astype(np.uint8)
-        if len(frames) != length:
-            raise ValueError(f'it has {len(frames)} frames, not {length}')
-        return frames, actions[split][i, :length]
+    return Source(episodes, next(iter(actions.values())).shape[2], functools.partial(read_dino_wm, actions))
 
-    return Source(episodes, next(iter(actions.values())).shape[2], read)
+
+def read_dino_wm(actions, key):
+    path, split, i, length = key
+    frames = read_video(path, 0, length) if path.endswith('mp4') else load_plain(path)[:length]
+    if frames.dtype != np.uint8:  # some were saved as float
+        frames = (frames * (255 if frames.max() <= 1 else 1)).round().astype(np.uint8)
+    return frames, actions[split][i, :length]
 
 
 # -----------------------------------------------------------------------------
 # worlds: every episode has a seed of its own; the last tenth is for validation
 
 def world(name, episodes, size, seed):
-    try:
-        env = envs.WORLDS[name]()
-    except SystemExit as e:
-        raise Missing(str(e)) from e
+    """So many episodes of envs.WORLDS[name], rendered at size x size. Raises Missing."""
+    simulator(name)  # says now if it is not installed
     if episodes < 2:
         raise Missing(f'episodes={episodes}: expected 2 or more, one is for validation')
     steps, num_val = envs.EPISODE_STEPS[name], max(1, episodes // 10)
-
-    def read(key):
-        rng = np.random.default_rng([*key, 1])  # not reset's own stream
-        frames, actions = np.empty((steps, size, size, 3), np.uint8), np.empty((steps, 2), np.float32)
-        env.reset(*key)
-        for i in range(steps):
-            frames[i] = env.render(size).transpose(1, 2, 0)
-            actions[i] = env.explore(rng)
-            env.step(actions[i])
-        return frames, actions
-
     return Source([Episode(f'{name} {i}', steps, (seed * 1_000_000 + i,), 'train' if i < episodes - num_val else 'val')
-                   for i in range(episodes)], 2, read)
+                   for i in range(episodes)], 2, functools.partial(play, name, steps, size))
+
+
+@functools.cache
+def simulator(name):
+    try:
+        return envs.WORLDS[name]()
+    except SystemExit as e:
+        raise Missing(str(e)) from e
+
+
+def play(name, steps, size, key):
+    env, rng = simulator(name), np.random.default_rng([*key, 1])  # not reset's own stream
+    frames, actions = np.empty((steps, size, size, 3), np.uint8), np.empty((steps, 2), np.float32)
+    env.reset(*key)
+    for i in range(steps):
+        frames[i] = env.render(size).transpose(1, 2, 0)
+        actions[i] = env.explore(rng)
+        env.step(actions[i])
+    return frames, actions
 
 
 # -----------------------------------------------------------------------------
 # your own recordings
 
 def clips(root):
-    """name.mp4 (or .gif, .npy [T,H,W,3], a folder of images), with name.npy or name.csv: a row of numbers per frame."""
+    """name.mp4 (or .gif, .npy [T,H,W,3], a folder of images), with name.npy or name.csv: a row of numbers per frame.
+
+    Raises Missing.
+    """
     if not os.path.isdir(root):
         raise Missing(f'{root}: no such folder; expected clips (name.mp4, name.gif, name.npy or a folder of images) '
                       'with their actions in name.npy or name.csv')
-
-    def natural(s):
-        return [int(x) if x.isdigit() else x for x in re.split(r'(\d+)', s)]
-
-    def images(path):
-        return sorted((p for p in glob.glob(f'{glob.escape(path)}/*')
-                       if os.path.splitext(p)[1].lower() in Image.registered_extensions()), key=natural)
-
-    def load_actions(path):
-        if path.endswith('.npy'):
-            values = np.load(path, allow_pickle=False)
-        else:
-            with open(path, newline='') as f:
-                rows = [row for row in csv.reader(f) if row]
-            try:
-                float(rows[0][0])
-            except ValueError:
-                rows = rows[1:]  # the first line names the columns
-            values = np.array(rows, dtype=np.float32)
-        return values.reshape(len(values), -1)
-
-    def frames_of(path):
-        if os.path.isdir(path):
-            return np.stack([np.asarray(Image.open(p).convert('RGB')) for p in images(path)])
-        if path.endswith('.npy'):
-            return np.load(path, mmap_mode='r', allow_pickle=False)
-        if path.endswith('.gif'):
-            return iio.imread(path, plugin='pillow', mode='RGB', index=None)
-        extra('av')
-        return iio.imread(path, plugin='pyav')
-
-    def count(path):
-        if os.path.isdir(path):
-            return len(images(path))
-        if path.lower().endswith(VIDEO):
-            extra('av')
-            return iio.improps(path, plugin='pyav').n_images or len(frames_of(path))
-        return len(frames_of(path)) if path.endswith('.npy') else iio.improps(path, plugin='pillow', index=...).n_images
-
     episodes, action_dim = [], 0
     for name in sorted(os.listdir(root), key=natural):
         path, (stem, ext) = os.path.join(root, name), os.path.splitext(os.path.join(root, name))
@@ -395,23 +373,69 @@ def clips(root):
         stem = path if os.path.isdir(path) else stem
         beside = [p for p in (f'{stem}.npy', f'{stem}.csv') if os.path.exists(p) and p != path]
         if not beside:
-            raise Missing(f'{path} has no actions beside it: expected {stem}.npy or {stem}.csv, a row for each frame')
+            wanted = f'{stem}.csv' if ext == '.npy' else f'{stem}.npy or {stem}.csv'
+            raise Missing(f'{path} has no actions beside it: expected {wanted}, a row for each frame')
         action_dim = action_dim or load_actions(beside[0]).shape[1]
         try:
-            length = count(path)
+            length = count_frames(path)
         except Exception:
             length = len(load_actions(beside[0]))  # broken: reading it will say so by name
-        episodes.append(Episode(path, length, (path, beside[0], length)))
+        episodes.append(Episode(path, length, (path, beside[0])))
     if not episodes:
         raise Missing(f'{root}: no clips there; looked for {", ".join(VIDEO)}, .gif, .npy and folders of images')
+    return Source(episodes, action_dim, read_clip)
 
-    def read(key):
-        path, beside, length = key
-        frames, values = frames_of(path), load_actions(beside)
-        if len(values) == len(frames) - 1:  # nothing was done at the last frame
-            values = np.concatenate([values, values[-1:]])
-        if len(frames) != len(values) or len(frames) != length:
-            raise ValueError(f'{len(frames)} frames, but {len(values)} actions in {os.path.basename(beside)}')
-        return np.asarray(frames), values
 
-    return Source(episodes, action_dim, read)
+def natural(s):
+    """A key that sorts 2 before 10."""
+    return [int(x) if x.isdigit() else x for x in re.split(r'(\d+)', s)]
+
+
+def images(folder):
+    return sorted((p for p in glob.glob(f'{glob.escape(folder)}/*')
+                   if os.path.splitext(p)[1].lower() in Image.registered_extensions()), key=natural)
+
+
+def load_actions(path):
+    """[T,A] of an .npy, or of a .csv with or without a line of names."""
+    if path.endswith('.npy'):
+        values = np.load(path, allow_pickle=False)
+    else:
+        with open(path, newline='') as f:
+            rows = [row for row in csv.reader(f) if row]
+        try:
+            float(rows[0][0])
+        except ValueError:
+            rows = rows[1:]
+        values = np.array(rows, dtype=np.float32)
+    return values.reshape(len(values), -1)
+
+
+def load_frames(path):
+    if os.path.isdir(path):
+        return np.stack([np.asarray(Image.open(p).convert('RGB')) for p in images(path)])
+    if path.endswith('.npy'):
+        return np.load(path, mmap_mode='r', allow_pickle=False)
+    if path.lower().endswith('.gif'):
+        return iio.imread(path, plugin='pillow', mode='RGB', index=None)
+    extra('av')
+    return iio.imread(path, plugin='pyav')
+
+
+def count_frames(path):
+    if os.path.isdir(path):
+        return len(images(path))
+    if path.lower().endswith(VIDEO):
+        extra('av')
+        return iio.improps(path, plugin='pyav').n_images or len(load_frames(path))
+    return len(load_frames(path)) if path.endswith('.npy') else iio.improps(path, plugin='pillow', index=...).n_images
+
+
+def read_clip(key):
+    path, beside = key
+    frames, values = load_frames(path), load_actions(beside)
+    if len(values) == len(frames) - 1:  # nothing was done at the last frame
+        values = np.concatenate([values, values[-1:]])
+    if len(frames) != len(values):
+        raise ValueError(f'{len(frames)} frames, but {len(values)} actions in {os.path.basename(beside)}')
+    return np.asarray(frames), values

@@ -14,7 +14,7 @@ from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 from checkpoint import load_model
-from data import Clips, pick_device, to_model
+from data import Clips, autocast, pick_device, pick_dtype, to_model
 from diffusion import Diffusion
 from vae import load_vae
 
@@ -165,6 +165,7 @@ if __name__ == '__main__':
     seed = 0
     vae = ''  # decodes latents: folder or file; '' is $VAE_MODEL_PATH or pretrained/sd-vae-ft-mse
     device = ''  # cpu, cuda, mps; '' is the best there is
+    dtype = ''  # fp32, bf16 or fp16 autocast; '' is bf16 on CUDA, else fp32
     # what only a checkpoint that train.py did not write has to be told
     pred_name: str = None  # epsilon, x, v or flow
     frame_interval: int = None
@@ -203,10 +204,11 @@ if __name__ == '__main__':
         frames = torch.cat([frames, blank], dim=1)
     torch.manual_seed(seed)  # what eta draws on the way
     try:
-        dreamed = dream(model, diffusion, frames, action.to(frames.device), context_frames,
-                        num_steps or cfg['sample_steps'], seed, progress=True, schedule=schedule,
-                        stabilization=stabilization, eta=eta, history=history, solver=solver, grid=grid,
-                        cache=cache)
+        with autocast(frames.device, pick_dtype(dtype, frames.device)):
+            dreamed = dream(model, diffusion, frames, action.to(frames.device), context_frames,
+                            num_steps or cfg['sample_steps'], seed, progress=True, schedule=schedule,
+                            stabilization=stabilization, eta=eta, history=history, solver=solver, grid=grid,
+                            cache=cache)
     except ValueError as e:
         sys.exit(str(e))
     rows = {'dream': to_pixels(dreamed, vae)}

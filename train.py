@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 from checkpoint import load_weights, read_checkpoint, save_checkpoint
 from configurator import configure
-from data import Clips, RandomClips, pick_device, to_model
+from data import DTYPES, RANK, WORLD_SIZE, Clips, RandomClips, autocast, pick_device, pick_dtype, to_model
 from diffusion import Diffusion
 from evaluate import evaluate, summarise
 from model import SIZES, NanoWM, NanoWMConfig
@@ -108,28 +108,17 @@ if not 1 <= context_frames < num_frames:
     sys.exit(f'context_frames={context_frames}: expected 1 to num_frames - 1 = {num_frames - 1}')
 
 # setup: who am I, on what device
-rank, local_rank, world_size = (int(os.environ.get(k, d)) for k, d in
-                                (('RANK', 0), ('LOCAL_RANK', 0), ('WORLD_SIZE', 1)))
-master = rank == 0
+master = RANK == 0
 device = pick_device(device)
-kind = device.split(':')[0]
-if kind == 'cuda':
-    device = f'cuda:{local_rank}' if world_size > 1 else device
-    torch.cuda.set_device(device)
-# a worker that torchrun restarts goes on by itself
+kind = torch.device(device).type
 restarts = torch.tensor(int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)), device=device)
-if world_size > 1:
+if WORLD_SIZE > 1:
     dist.init_process_group('nccl' if kind == 'cuda' else 'gloo')
     dist.all_reduce(restarts, dist.ReduceOp.MAX)  # each node counts its own
 elif fsdp:
     sys.exit('fsdp=True cuts a model among processes and here is one: start them with torchrun --nproc_per_node=N')
-dtype = dtype or ('bf16' if kind == 'cuda' else 'fp32')
-if dtype not in ('fp32', 'bf16', 'fp16'):
-    sys.exit(f'dtype={dtype!r}: expected fp32, bf16 or fp16')
-autocast_dtype = {'fp32': torch.float32, 'bf16': torch.bfloat16, 'fp16': torch.float16}[dtype]
-# no cache: a weight is used once a pass, and the copies would add up to a whole model where FSDP holds a part of one
-autocast = torch.autocast(kind, autocast_dtype, cache_enabled=False) if dtype != 'fp32' else contextlib.nullcontext()
-torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+dtype = pick_dtype(dtype, device)
+precision = autocast(device, dtype)
 torch.manual_seed(seed)
 
 # data
@@ -210,7 +199,7 @@ if grad_checkpoint:
 if fsdp:
     from torch.distributed.fsdp import fully_shard
     from torch.distributed.tensor import distribute_tensor, init_device_mesh
-    mesh = init_device_mesh(kind, (world_size,))
+    mesh = init_device_mesh(kind, (WORLD_SIZE,))
 for m in (model, ema) if ema_decay else (model,):
     for part in (*m.blocks, m) if fsdp else ():
         fully_shard(part, mesh=mesh, reshard_after_forward=True)  # the root too: the EMA has no backward to cut it in
@@ -224,8 +213,8 @@ if fsdp:
 optimizer.load_state_dict({'state': adam, 'param_groups': optimizer.state_dict()['param_groups']})
 
 net = torch.compile(model) if compile else model
-if world_size > 1 and not fsdp:
-    net = DDP(net, device_ids=[local_rank] if kind == 'cuda' else None, broadcast_buffers=False)
+if WORLD_SIZE > 1 and not fsdp:
+    net = DDP(net, device_ids=[torch.cuda.current_device()] if kind == 'cuda' else None, broadcast_buffers=False)
 
 # logging
 log_path, board, run = os.path.join(out_dir, 'log.jsonl'), None, None
@@ -256,9 +245,9 @@ def log(**values):
     run and run.log(values, step=step)
 
 
-def matmul_rate(n=2048):
+def matmul_rate(n=2048 if kind == 'cpu' else 8192):
     """FLOP/s of a large matmul in the training dtype, the yardstick of the MFU shown."""
-    a = torch.randn(n, n, device=device, dtype=autocast_dtype)
+    a = torch.randn(n, n, device=device, dtype=DTYPES[dtype])
     best = 0
     for _ in range(6):
         start = time.perf_counter()
@@ -277,8 +266,8 @@ def lr_at(n):
 
 def load(n):
     """The clips of this process's share of step n, one (frames, action) per micro-step."""
-    clips = np.random.default_rng([seed, n]).integers(len(train_clips), size=(world_size, grad_accum, batch_size))
-    return [train_clips.batch(numbers) for numbers in clips[rank]]
+    clips = np.random.default_rng([seed, n]).integers(len(train_clips), size=(WORLD_SIZE, grad_accum, batch_size))
+    return [train_clips.batch(numbers) for numbers in clips[RANK]]
 
 
 def batches(n):
@@ -289,12 +278,12 @@ def batches(n):
     """
     global ahead
     loaded, ahead = ahead.result(), loader.submit(load, n + 1)
-    total = batch_size * grad_accum * world_size
+    total = batch_size * grad_accum * WORLD_SIZE
     generator = torch.Generator(device).manual_seed(seed * 1_000_003 + n)
     t = diffusion.sample_timesteps((total, num_frames), timestep_sampling, timestep_mean, timestep_std,
                                    timestep_per_clip, generator)
     noise = torch.randn(total, num_frames, channels, height, width, device=device, generator=generator)
-    for i, (frames, action) in enumerate(loaded, start=rank * grad_accum):
+    for i, (frames, action) in enumerate(loaded, start=RANK * grad_accum):
         part = slice(i * batch_size, (i + 1) * batch_size)
         yield to_model(frames, device), action.to(device, non_blocking=True), t[part], noise[part]
 
@@ -324,17 +313,17 @@ def validation_loss():
         t = diffusion.sample_timesteps(x0.shape[:2], timestep_sampling, timestep_mean, timestep_std, timestep_per_clip,
                                        generator)
         noise = torch.randn(x0.shape, device=device, generator=generator)
-        with autocast:
+        with precision:
             total += diffusion.loss(ema, x0, action.to(device), t, noise).item() * len(x0)
     return total / len(val_frames)
 
 
 def dream_picture():
-    """Held-out clips, truth above dream, as a picture; every process dreams it, as FSDP has to."""
+    """Held-out clips, truth (latents as decoded) above dream, as a picture; every process dreams it, as FSDP has to."""
     if channels != 3 and not decoder:
         return
     x0, action = to_model(val_frames[:8], device), val_action[:8].to(device)
-    with autocast:
+    with precision:
         dreamed = dream(ema, diffusion, x0, action, context_frames, sample_steps)
     if not master:
         return
@@ -360,7 +349,7 @@ flops = 3 * model.flops() * batch_size * grad_accum
 if master:
     rate = matmul_rate()
     print(f'{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {len(train_clips):,} clips, '
-          f'{flops * world_size / 1e9:.1f} GFLOP a step, {device} {dtype} at {rate / 1e12:.2f} TFLOP/s')
+          f'{flops * WORLD_SIZE / 1e9:.1f} GFLOP a step, {device} {dtype} at {rate / 1e12:.2f} TFLOP/s')
 bar = tqdm(total=max_steps, initial=step, disable=not master, desc=out_dir, unit='step', dynamic_ncols=True)
 loss_sum, norm_sum = (torch.zeros((), device=device) for _ in range(2))
 clock, since = time.perf_counter(), step
@@ -372,8 +361,8 @@ while step < max_steps and not stop:
         last = micro == grad_accum - 1
         if fsdp:
             model.set_requires_gradient_sync(last)
-        with contextlib.nullcontext() if last or fsdp or world_size == 1 else net.no_sync():
-            with autocast:
+        with contextlib.nullcontext() if last or fsdp or WORLD_SIZE == 1 else net.no_sync():
+            with precision:
                 loss = diffusion.loss(net, x0, action, t, noise) / grad_accum
             scaler.scale(loss).backward()
             loss_sum += loss.detach()
@@ -390,23 +379,23 @@ while step < max_steps and not stop:
     step += 1
 
     # everything below happens now and then; reading a number here is the only wait for the device
-    due = {name: step == max_steps or every > 0 and step % every == 0 for name, every in
-           (('log', log_every), ('val', val_every), ('latest', latest_every), ('keep', keep_every))}
-    due['metrics'] = metrics_every and (step == max_steps or step % metrics_every == 0)
-    if any(due.values()) or (asked and world_size == 1):
+    due = {name: step == max_steps and (every > 0 or name in ('log', 'latest')) or every > 0 and step % every == 0
+           for name, every in (('log', log_every), ('val', val_every), ('latest', latest_every), ('keep', keep_every),
+                               ('metrics', metrics_every))}
+    if any(due.values()) or (asked and WORLD_SIZE == 1):
         held = [p.to_local() for p in weights] if fsdp else weights
         size = torch.stack(torch._foreach_norm(held)).sum().detach()  # not finite if any weight is not
         sums = torch.stack([loss_sum, norm_sum, size, torch.tensor(float(asked), device=device)])
-        if world_size > 1:
+        if WORLD_SIZE > 1:
             dist.all_reduce(sums)
         loss_mean, norm, size, stop = sums.tolist()
-        loss_mean, norm = (s / (world_size * (step - since)) for s in (loss_mean, norm))
+        loss_mean, norm = (s / (WORLD_SIZE * (step - since)) for s in (loss_mean, norm))
         if not math.isfinite(loss_mean + size) or not (math.isfinite(norm) or scaler.is_enabled()):
             bar.close()
             sys.exit(f'step {step}: loss {loss_mean}, gradient {norm}, weights {size}: not finite, stopped before '
                      f'saving; {latest} holds the last good step; try a lower learning_rate or fp32')
         seconds = time.perf_counter() - clock
-        clips_per_s = batch_size * grad_accum * world_size * (step - since) / seconds
+        clips_per_s = batch_size * grad_accum * WORLD_SIZE * (step - since) / seconds
         loss_sum.zero_(), norm_sum.zero_()
         if master:
             mfu = flops * (step - since) / seconds / rate
@@ -422,7 +411,8 @@ while step < max_steps and not stop:
             if real_data:
                 dream_picture()
         if due['metrics']:  # every process does its share
-            scores = evaluate(ema, diffusion, val_clips, metric_clips, context_frames, sample_steps, vae=decoder)
+            scores = evaluate(ema, diffusion, val_clips, metric_clips, context_frames, sample_steps, vae=decoder,
+                              dtype=dtype)
             if master:
                 log(**summarise(scores)['means'])
         clock, since = time.perf_counter(), step
@@ -430,7 +420,7 @@ bar.close()
 loader.shutdown()
 if board:
     board.close()
-if world_size > 1:
+if WORLD_SIZE > 1:
     dist.destroy_process_group()
 if stop and step < max_steps:
     if master:

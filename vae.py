@@ -19,6 +19,8 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from checkpoint import hub_file, load_weights
+
 WIDTHS = (128, 256, 512, 512)  # channels at full, half, quarter and eighth resolution
 SCALE = 0.18215  # brings Stable Diffusion's latents to unit variance
 CPU_PIXELS, GPU_PIXELS = 2 ** 16, 2 ** 20  # at once: 1 or 16 frames of 256x256, at 64 MiB a frame's largest activation
@@ -175,7 +177,6 @@ def load_vae(path='', device='cpu'):
     path = str(path or os.environ.get('VAE_MODEL_PATH') or FOLDER)
     hub_id = re.fullmatch(r'\w[\w.-]*/[\w.-]+(?<!\.safetensors)', path) and path != FOLDER
     if hub_id and not os.path.exists(path):
-        from checkpoint import hub_file
         path = hub_file(path, (FILE,))
     path = os.path.join(path, FILE) if os.path.isdir(path) else path
     if not os.path.exists(path):
@@ -191,14 +192,8 @@ def load_vae(path='', device='cpu'):
     state = {k: v.flatten(1) if '.attentions.' in k and v.ndim == 4 else v for k, v in state.items()}
 
     widths = [len(state.get(f'encoder.down_blocks.{i}.resnets.0.conv1.weight', ())) for i in range(4)]
-    with torch.device('meta'):  # no memory and no initialisation before the tensors are known to fit
+    with torch.device('meta'):  # no initialisation
         vae = VAE(widths if all(w and w % 32 == 0 for w in widths) else WIDTHS)
-    want, have = ({k: tuple(v.shape) for k, v in s.items()} for s in (vae.state_dict(), state))
-    wrong = [f'{k} is {have.get(k, "missing")}, not {want.get(k, "expected")}'
-             for k in sorted({*want, *have}) if want.get(k) != have.get(k)]
-    if wrong:
-        more = f' and {len(wrong) - 10} more' if len(wrong) > 10 else ''
-        raise ValueError(f'{path} is not a Stable Diffusion autoencoder: {"; ".join(wrong[:10])}{more}')
-    vae = vae.to(memory_format=torch.channels_last).to_empty(device=device)
-    vae.load_state_dict(state)  # copies: nothing keeps the file mapped
+    vae.to_empty(device=device).to(memory_format=torch.channels_last)
+    load_weights(vae, state, path)
     return vae.eval().requires_grad_(False)
