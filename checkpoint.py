@@ -22,7 +22,8 @@ from safetensors.torch import save_file
 from model import NanoWM, NanoWMConfig
 
 SUFFIXES = ('.safetensors', '.ckpt', '.pt', '.pth', '.bin')  # in order of preference
-PREFIXES = ('model._orig_mod.', 'model.', '_orig_mod.', '')  # Lightning compiled and eager, bare compiled and eager
+# Lightning compiled and eager, bare compiled, in DDP and eager
+PREFIXES = ('model._orig_mod.', 'model.', '_orig_mod.', 'module.', '')
 OTHERS = r'vae\.|.*(rope|rotary|freq|_cos$|_sin$)'  # an autoencoder beside the model, rotary tables
 
 
@@ -157,7 +158,7 @@ def read_pickle(path):
     with zipfile.ZipFile(path) as archive:
         index = next(n for n in archive.namelist() if n.endswith('/data.pkl'))
         tree = Unpickler(archive.open(index)).load()
-        tree = tree.get('state_dict', tree)
+        tree = tree.get('state_dict') or tree.get('model') or tree
         tensors = {k: v for k, v in tree.items() if isinstance(k, str) and isinstance(v, Tensor)}
 
         @functools.cache  # tensors may share a storage

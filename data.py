@@ -66,6 +66,12 @@ class Clips:
             self.stretches = np.load(f'{folder}/fixed.npy')
         if split == 'val' and os.path.exists(f'{folder}/pixels.npy'):
             self.original = np.load(f'{folder}/pixels.npy', mmap_mode='r')
+        N, shape, last = len(self.frames), self.frames.shape[1:], self.episodes.max(initial=0)
+        right = self.frames.dtype == (np.uint8 if shape[:1] == (3,) else np.float16) and len(shape) == 3
+        if not right or self.actions.ndim != 2 or len(self.actions) != N or last > N:
+            raise SystemExit(f'{folder}: expected frames uint8 [N,3,H,W] or latents float16 [N,C,H,W], actions [N,A] '
+                             f'and episodes up to row N; found {self.frames.dtype} {list(self.frames.shape)}, '
+                             f'{list(self.actions.shape)} and {last}')
         self.num_frames, self.interval = num_frames, frame_interval
         self.action_dim = frame_interval * self.actions.shape[1]
         if normalize is True:
@@ -255,7 +261,8 @@ def prepare(out, settings, vae=None, workers=0):
     partial = f'{out}.partial'
     files, jobs, stretches = plan(source, settings['image_size'], vae, *(settings[k] for k in (
         'val_share', 'val_clips', 'val_frames', 'seed')))
-    begun = json.dumps([settings, [e[:2] for e in source.episodes]])
+    weights = vae and vae.quant_conv.weight.sum().item()  # tells one autoencoder from another
+    begun = json.dumps([settings, weights, [e[:2] for e in source.episodes]])
     if RANK == 0 and not os.path.exists(f'{partial}/begun.json'):
         shutil.rmtree(partial, ignore_errors=True)
         for path, (dtype, shape) in files.items():
@@ -336,6 +343,9 @@ def finish(source, out, settings, jobs, stretches, outcomes, vae):
         np.save(f'{partial}/{split}/episodes.npy', np.array(span))
     if stretches:
         good = [s for s in stretches if any(first <= s[0] < end for first, end in spans['val'])]
+        if not good:
+            raise readers.Missing(f'{out}: no episode that fixed clips were to come from could be read; delete '
+                                  f'{partial} and try another --seed or more --val_clips')
         np.save(f'{partial}/val/fixed.npy', np.array(good).reshape(-1, 3))
     actions = np.load(f'{partial}/train/actions.npy', mmap_mode='r')
     count = sum(int(b - a) for a, b in spans['train'])
@@ -396,9 +406,10 @@ if __name__ == '__main__':
             f'where are the files of {what}? Say --root=<folder>, or set {variable}'))
     if image_size < 8 or latents and image_size % 8:
         sys.exit(f'image_size={image_size}: expected 8 or more, and for latents a multiple of 8')
-    if not 0 < val_share < 1 or min(val_clips, val_frames) < 1 or min(workers, episodes) < 0:
+    if not 0 < val_share < 1 or min(val_clips, val_frames) < 1 or min(workers, episodes, seed) < 0:
         sys.exit(f'val_share={val_share}, val_clips={val_clips}, val_frames={val_frames}, workers={workers}, '
-                 f'episodes={episodes}: expected a share between 0 and 1, 1 or more, 1 or more, and no negative number')
+                 f'episodes={episodes}, seed={seed}: expected a share between 0 and 1, 1 or more, 1 or more, and no '
+                 'negative numbers')
     out = os.path.normpath(out or os.path.join(results, 'data', name))
     if os.path.exists(out):
         sys.exit(f'{out} is there already; delete it to make it again, or choose another --out')

@@ -28,7 +28,7 @@ from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 from data import RANK, WORLD_SIZE, autocast, pick_device, pick_dtype, to_model
-from sample import beside, contact_sheet, dream, held_out, load_decoder, load_run, to_pixels
+from sample import beside, contact_sheet, dream, held_out, load_decoder, load_run, make_folder, to_pixels
 
 MAX_PSNR = 58.92  # 10 log10(12 * 255^2): the error of rounding to 8 bits; an identical frame scores this, not infinity
 WEIGHTS = {  # of the networks that judge: a file in pretrained/ or in torch's cache, and where it is published
@@ -315,7 +315,7 @@ if __name__ == '__main__':
     # --------------------------------------------------------------------------
     settings = configure(globals())
     start = time.perf_counter()
-    if num_clips < 2 or num_steps < 0 or batch_size < 1:
+    if num_clips < 2 or min(num_steps, seed) < 0 or batch_size < 1:
         sys.exit('expected num_clips of 2 or more (wrong actions are those of another clip), num_steps and batch_size '
                  'of 1 or more')
     wanted = [m for m in metrics.split(',') if m]
@@ -330,8 +330,9 @@ if __name__ == '__main__':
                                      injection=injection, causal=causal)
     num_frames, context_frames = num_frames or cfg['num_frames'], context_frames or cfg['context_frames']
     num_steps = num_steps or cfg['sample_steps']
-    if num_frames <= context_frames:
-        sys.exit(f'num_frames={num_frames} must be more than context_frames={context_frames}')
+    if not 1 <= context_frames < num_frames:
+        sys.exit(f'context_frames={context_frames}: expected 1 or more, and fewer than num_frames={num_frames}')
+    make_folder(out_dir := out_dir or beside(ckpt) or '.')
     clips = held_out(model, cfg, num_frames, dataset)
     numbers, vae = clips.fixed(num_clips, seed), load_decoder(model, vae)
     size = clips.pixels(numbers[:1]).shape[-2:]
@@ -351,8 +352,8 @@ if __name__ == '__main__':
                      num_steps=num_steps, num_clips=len(numbers), processes=WORLD_SIZE, machine=machine(device),
                      parameters=sum(p.numel() for p in model.parameters()), train=cfg)
     results = summarise(scores)
-    out_dir = out_dir or beside(ckpt) or '.'
-    os.makedirs(out_dir, exist_ok=True)
+    if not np.isfinite(results['means']['psnr']):
+        sys.exit(f'{ckpt} dreams what is not a number: its weights are broken')
 
     order = np.argsort(results['per_clip']['psnr'])
     shown = {'truth': [], 'dream': []}

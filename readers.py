@@ -9,6 +9,7 @@
 A reader returns a Source. These files come from strangers: nothing in them is ever run. `data.py` does the rest.
 """
 import bisect
+import contextlib
 import csv
 import functools
 import glob
@@ -37,6 +38,7 @@ DINO_WM = {'point_maze': 'point_maze', 'wall': 'wall_single', 'pusht': 'pusht_no
            'rope': 'deformable/rope', 'granular': 'deformable/granular'}
 ROOTS |= {f'dino_{name}': 'DATASET_DIR' for name in DINO_WM}
 VIDEO = ('.mp4', '.mkv', '.webm', '.mov', '.avi')
+IMAGE = ('.png', '.jpg', '.jpeg', '.webp', '.bmp', '.tif', '.tiff')
 
 
 class Episode(NamedTuple):
@@ -60,7 +62,7 @@ class Missing(Exception):
 
 def open_source(settings):
     """The Source that data.py's settings name; read_episode then reads from it. Raises Missing."""
-    what, root, episodes = settings['what'], settings['root'], settings['episodes']
+    what, root, episodes = settings['what'], os.path.expanduser(settings['root']), settings['episodes']
     if what in envs.WORLDS:
         source = world(what, episodes, settings['image_size'], settings['seed'])
     elif what == 'clips':
@@ -71,9 +73,11 @@ def open_source(settings):
         source = lerobot(root, settings['image_key'])
     else:
         source = dino_wm(root, what.removeprefix('dino_'), settings['relative_actions'])
-    if 0 < episodes < len(source.episodes):  # spread over all of them
-        every = len(source.episodes) / episodes
-        source = source._replace(episodes=[source.episodes[int(i * every)] for i in range(episodes)])
+    if 0 < episodes < len(source.episodes):  # spread over all of them, with at least one of each split
+        chosen = {int(i * len(source.episodes) / episodes) for i in range(episodes)}
+        split = [e.split for e in source.episodes]
+        chosen |= {split.index(s) for s in set(split) - {split[i] for i in chosen}}
+        source = source._replace(episodes=[source.episodes[i] for i in sorted(chosen)])
     opened[:] = [source]
     return source
 
@@ -95,7 +99,11 @@ def read_episode(number, size):
     try:
         frames, actions = source.read(episode.key)
         want = episode.length, source.action_dim
-        if not episode.length or len(frames) != episode.length or actions.shape != want:
+        if not episode.length:
+            raise ValueError('it has no frames')
+        if frames.ndim != 4 or frames.shape[3] != 3 or frames.dtype != np.uint8:
+            raise ValueError(f'frames are {frames.dtype} {list(frames.shape)}; expected uint8 [T,H,W,3]')
+        if len(frames) != episode.length or actions.shape != want:
             raise ValueError(f'{len(frames)} frames and actions {list(actions.shape)}; expected {want[0]} frames and '
                              f'{want[1]} numbers for each')
         if not np.isfinite(actions).all():
@@ -137,7 +145,7 @@ def read_video(path, first, count):
     with iio.imopen(path, 'r', plugin='pyav') as f:
         try:
             for i in range(first, first + count):
-                frames.append(f.read(index=i))
+                frames.append(f.read(index=i, thread_type='SLICE'))
         except (StopIteration, EOFError, IndexError):
             raise ValueError(f'{os.path.basename(path)} ends at frame {first + len(frames)}, '
                              f'before {first + count}') from None
@@ -154,8 +162,10 @@ def lerobot(root, image_key, action_key='action'):
         info = json.load(f)
     features = info['features']
     cameras = [k for k, v in features.items() if v['dtype'] in ('video', 'image')]
-    if image_key not in cameras or action_key not in features:
-        raise Missing(f'{root}/meta/info.json: no camera {image_key!r} with {action_key!r}; '
+    if action_key not in features:
+        raise Missing(f'{root}/meta/info.json: no feature {action_key!r}, but {", ".join(features)}')
+    if image_key not in cameras:
+        raise Missing(f'{root}/meta/info.json: no camera {image_key!r}; '
                       f'its cameras are {", ".join(cameras) or "none"}: choose one with --image_key=')
     packed = not info['codebase_version'].startswith('v2')  # v3.0 keeps many episodes in one file
     if packed:
@@ -182,8 +192,14 @@ def lerobot(root, image_key, action_key='action'):
 
     as_video = features[image_key]['dtype'] == 'video'
     columns = ('episode_index', action_key) if as_video else ('episode_index', action_key, image_key)
+    splits = {k: [int(n) for n in v.split(':')] for k, v in info.get('splits', {}).items() if k in ('train', 'val')}
+    splits = splits if 'val' in splits else {}  # most have one for training only
+
+    def split(i):
+        return next((k for k, (first, end) in splits.items() if first <= i < end), '')
+
     episodes = [Episode(f'{root} episode {r["episode_index"]}', r['length'],
-                        (r['episode_index'], r['length'], *place(r))) for r in rows]
+                        (r['episode_index'], r['length'], *place(r)), split(r['episode_index'])) for r in rows]
     return Source(episodes, int(np.prod(features[action_key]['shape'])),
                   functools.partial(read_lerobot, root, columns))
 
@@ -217,7 +233,9 @@ def csgo(root, train_list='', val_list='', val_starts=''):
     h5py = extra('h5py')
     one_of(root, '**/hdf5_dm_july2021_*.hdf5')
     found = glob.glob(f'{glob.escape(root)}/**/hdf5_dm_july2021_*.hdf5', recursive=True)
-    found = {os.path.basename(p): p for p in sorted(found, key=lambda p: int(re.search(r'(\d+)\.hdf5$', p)[1]))}
+    found = {os.path.basename(p): p for p in sorted(found, key=natural) if re.search(r'july2021_\d+\.hdf5$', p)}
+    if val_starts and not val_list or bool(train_list) != bool(val_list):
+        raise Missing('the published split is --train_list= and --val_list= together, and --val_starts= goes with them')
     split, start = {}, {}
     for name, path in (('train', train_list), ('val', val_list)):
         if path:
@@ -226,9 +244,10 @@ def csgo(root, train_list='', val_list='', val_starts=''):
             split |= dict.fromkeys(listed, name)
             if name == 'val' and val_starts:
                 starts = np.load(val_starts, allow_pickle=False).ravel()
-                if len(starts) != len(listed):
-                    raise Missing(f'{val_starts} has {len(starts)} starts for the {len(listed)} files of {path}')
-                start = dict(zip(listed, starts.tolist(), strict=True))
+                if len(starts) != len(listed) or (starts < 0).any() or (starts % 1).any():
+                    raise Missing(f'{val_starts} has {len(starts)} starts; expected a whole number of 0 or more for '
+                                  f'each of the {len(listed)} files of {path}')
+                start = dict(zip(listed, starts.astype(int).tolist(), strict=True))
     if split:
         absent = [name for name in split if name not in found]
         if absent:
@@ -243,8 +262,11 @@ def csgo(root, train_list='', val_list='', val_starts=''):
             return 1000  # broken: reading it will say so by name
 
     episodes = []
-    for name, path in tqdm(found.items(), desc='looking into files', unit='file', leave=False):
+    for name, path in tqdm(found.items(), desc='looking into files', unit='file', leave=False,
+                           disable=int(os.environ.get('RANK', 0)) > 0):
         n = length(path)
+        if start.get(name, -1) >= n:
+            raise Missing(f'{val_starts}: start {start[name]} of {path}, which has {n} frames')
         episodes.append(Episode(path, n, (path, n), split.get(name, ''), start.get(name, -1)))
     return Source(episodes, 51, read_csgo)
 
@@ -280,7 +302,7 @@ def load_plain(path):
                 return np.asarray(PlainUnpickler(f).load())
         with torch.serialization.safe_globals([*names, np.ndarray, np.dtype, *dtypes]):
             return np.asarray(torch.load(path, map_location='cpu', weights_only=True))
-    except (pickle.UnpicklingError, EOFError, RuntimeError) as e:
+    except (pickle.UnpicklingError, EOFError, RuntimeError, ValueError) as e:
         raise Missing(f'{path} cannot be read: {str(e).splitlines()[0]}') from e
 
 
@@ -298,11 +320,15 @@ def dino_wm(root, name, relative_actions=True):
         actions[split] = load_plain(one_of(part, f'{stem}.pth')).astype(np.float32)
         if name == 'pusht':
             actions[split] = actions[split] / 100  # from pixels of its 512-wide table
+        if actions[split].ndim != 3:
+            raise Missing(f'{part}/{stem}.pth is {list(actions[split].shape)}; expected [episodes, steps, numbers]')
         N, T = actions[split].shape[:2]
         lengths = [T] * N
         if name in ('point_maze', 'wall', 'pusht'):
             files = glob.glob(f'{glob.escape(part)}/seq_lengths.p*')  # where all are equally long there may be none
-            lengths = [int(n) for n in load_plain(files[0])] if files else lengths
+            lengths = [int(n) for n in load_plain(files[0]).ravel()] if files else lengths
+            if len(lengths) != N:
+                raise Missing(f'{files[0]} has {len(lengths)} lengths for the {N} episodes of {stem}.pth')
             one_of(part, 'obses/episode_*.*')
             paths = [f'{part}/obses/episode_{i:03d}.{"mp4" if name == "pusht" else "pth"}' for i in range(N)]
         else:
@@ -364,36 +390,50 @@ def clips(root):
     if not os.path.isdir(root):
         raise Missing(f'{root}: no such folder; expected clips (name.mp4, name.gif, name.npy or a folder of images) '
                       'with their actions in name.npy or name.csv')
-    episodes, action_dim = [], 0
+    episodes, widths, taken = [], [], {}
     for name in sorted(os.listdir(root), key=natural):
         path, (stem, ext) = os.path.join(root, name), os.path.splitext(os.path.join(root, name))
         video = ext.lower() in (*VIDEO, '.gif') or os.path.isdir(path) and images(path)
-        if not video and not (ext == '.npy' and np.load(path, mmap_mode='r', allow_pickle=False).ndim == 4):
+        if name.startswith('.') or not video and ext.lower() != '.npy':
             continue
-        stem = path if os.path.isdir(path) else stem
-        beside = [p for p in (f'{stem}.npy', f'{stem}.csv') if os.path.exists(p) and p != path]
-        if not beside:
-            wanted = f'{stem}.csv' if ext == '.npy' else f'{stem}.npy or {stem}.csv'
-            raise Missing(f'{path} has no actions beside it: expected {wanted}, a row for each frame')
-        action_dim = action_dim or load_actions(beside[0]).shape[1]
+        stem, length = path if os.path.isdir(path) else stem, 0
         try:
+            if not video and np.load(path, mmap_mode='r', allow_pickle=False).ndim < 3:
+                continue  # actions
             length = count_frames(path)
-        except Exception:
-            length = len(load_actions(beside[0]))  # broken: reading it will say so by name
-        episodes.append(Episode(path, length, (path, beside[0])))
+        except Exception:  # reading it will say why, by name
+            pass
+        if stem in taken:
+            raise Missing(f'{path} and {taken[stem]} have one name, and so the same actions: rename one')
+        beside = [p for p in (f'{stem}.npy', f'{stem}.csv') if os.path.exists(p) and p != path]
+        if not beside and (video or length):
+            wanted = f'{stem}.csv' if not video else f'{stem}.npy or {stem}.csv'
+            raise Missing(f'{path} has no actions beside it: expected {wanted}, a row for each frame')
+        if beside:
+            taken[stem] = path
+            with contextlib.suppress(Exception):
+                widths.append(load_actions(beside[0]).shape[1])
+            episodes.append(Episode(path, length or 1, (path, beside[0])))
     if not episodes:
         raise Missing(f'{root}: no clips there; looked for {", ".join(VIDEO)}, .gif, .npy and folders of images')
-    return Source(episodes, action_dim, read_clip)
+    return Source(episodes, max(set(widths or [0]), key=widths.count), read_clip)
 
 
 def natural(s):
     """A key that sorts 2 before 10."""
-    return [int(x) if x.isdigit() else x for x in re.split(r'(\d+)', s)]
+    return [int(x) if x.isdecimal() else x for x in re.split(r'(\d+)', s)]
 
 
 def images(folder):
-    return sorted((p for p in glob.glob(f'{glob.escape(folder)}/*')
-                   if os.path.splitext(p)[1].lower() in Image.registered_extensions()), key=natural)
+    return sorted((p for p in glob.glob(f'{glob.escape(folder)}/*') if p.lower().endswith(IMAGE)), key=natural)
+
+
+def is_number(text):
+    try:
+        float(text)
+        return True
+    except ValueError:
+        return False
 
 
 def load_actions(path):
@@ -401,34 +441,39 @@ def load_actions(path):
     if path.endswith('.npy'):
         values = np.load(path, allow_pickle=False)
     else:
-        with open(path, newline='') as f:
+        with open(path, newline='', encoding='utf-8-sig') as f:
             rows = [row for row in csv.reader(f) if row]
-        try:
-            float(rows[0][0])
-        except ValueError:
+        if not any(map(is_number, rows[0])):
             rows = rows[1:]
         values = np.array(rows, dtype=np.float32)
     return values.reshape(len(values), -1)
 
 
+def load_image(path):
+    with Image.open(path) as image:
+        if image.mode.startswith('I'):
+            raise ValueError(f'{os.path.basename(path)} has 16 bits or more; expected 8')
+        return np.asarray(image.convert('RGB'))
+
+
 def load_frames(path):
     if os.path.isdir(path):
-        return np.stack([np.asarray(Image.open(p).convert('RGB')) for p in images(path)])
-    if path.endswith('.npy'):
+        return np.stack([load_image(p) for p in images(path)])
+    if path.lower().endswith('.npy'):
         return np.load(path, mmap_mode='r', allow_pickle=False)
     if path.lower().endswith('.gif'):
         return iio.imread(path, plugin='pillow', mode='RGB', index=None)
-    extra('av')
-    return iio.imread(path, plugin='pyav')
+    extra('av')  # threads over frames would swallow the error of a file that was cut short
+    return np.stack(list(iio.imiter(path, plugin='pyav', thread_type='SLICE')))
 
 
 def count_frames(path):
     if os.path.isdir(path):
         return len(images(path))
-    if path.lower().endswith(VIDEO):
-        extra('av')
-        return iio.improps(path, plugin='pyav').n_images or len(load_frames(path))
-    return len(load_frames(path)) if path.endswith('.npy') else iio.improps(path, plugin='pillow', index=...).n_images
+    if path.lower().endswith(VIDEO):  # its packets, as the header of a trimmed video counts what is not shown
+        with extra('av').open(path) as f:
+            return sum(p.size > 0 and not p.is_discard for p in f.demux(video=0))
+    return len(load_frames(path))
 
 
 def read_clip(key):

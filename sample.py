@@ -6,6 +6,7 @@
 """
 import os
 import sys
+import tempfile
 
 import imageio.v3 as iio
 import numpy as np
@@ -49,6 +50,8 @@ def load_run(ckpt, device='', dataset='', context_frames=0, **told):
                               snr_gamma=cfg['snr_gamma'])
     except (FileNotFoundError, ValueError) as e:
         sys.exit(str(e))
+    except KeyError as e:
+        sys.exit(f'{ckpt} lacks {e} in its metadata: was it written by this train.py?')
     return model, diffusion.to(device), cfg
 
 
@@ -57,6 +60,15 @@ def beside(ckpt):
     if os.path.exists(ckpt):
         return ckpt if os.path.isdir(ckpt) else os.path.dirname(ckpt)
     return os.path.join('out', os.path.basename(ckpt))
+
+
+def make_folder(path):
+    """The folder, made if need be; ends with one line, before hours of work, if nothing can be written there."""
+    try:
+        os.makedirs(path or '.', exist_ok=True)
+        tempfile.TemporaryFile(dir=path or '.').close()
+    except OSError as e:
+        sys.exit(f'cannot write to {path}: {e.strerror}')
 
 
 def held_out(model, cfg, num_frames, dataset=''):
@@ -174,8 +186,12 @@ if __name__ == '__main__':
     causal: bool = None  # False, if time attention was not
     # --------------------------------------------------------------------------
     configure(globals())
-    if format not in ('gif', 'mp4') or fps <= 0 or num_clips < 1:
-        sys.exit(f'format={format}, fps={fps}, num_clips={num_clips}: expected gif or mp4, and numbers above 0')
+    if format not in ('gif', 'mp4') or fps <= 0 or num_clips < 1 or seed < 0:
+        sys.exit(f'format={format}, fps={fps}, num_clips={num_clips}, seed={seed}: expected gif or mp4, and no '
+                 'negative numbers')
+    out = out or os.path.join(beside(ckpt), f'rollout.{format}')
+    if not out.endswith(('.gif', '.mp4')):
+        sys.exit(f'--out={out}: expected a name that ends in .gif or .mp4')
     model, diffusion, cfg = load_run(ckpt, device, dataset, context_frames, pred_name=pred_name,
                                      frame_interval=frame_interval, normalize_action=normalize_action,
                                      injection=injection, causal=causal)
@@ -183,15 +199,18 @@ if __name__ == '__main__':
     if actions:
         try:
             own = np.load(actions, allow_pickle=False).astype(np.float32)
-        except (OSError, ValueError, EOFError) as e:
+            if not np.isfinite(own).all():
+                raise ValueError('some numbers are not finite')
+        except (OSError, ValueError, EOFError, AttributeError) as e:
             sys.exit(f'--actions={actions} is not a readable .npy file of floats: {e}')
         A = model.config.action_dim
         raw = A // cfg['frame_interval']  # numbers per recorded action
         if own.ndim != 2 or own.shape[1] not in (raw, A) or own.size % A:
             sys.exit(f'--actions={actions} has shape {list(own.shape)}: expected [num_frames, {A}]')
         num_frames = own.size // A
-    if num_frames <= context_frames:
-        sys.exit(f'num_frames={num_frames} must be more than context_frames={context_frames}')
+    if not 1 <= context_frames < num_frames:
+        sys.exit(f'context_frames={context_frames}: expected 1 or more, and fewer than num_frames={num_frames}')
+    make_folder(os.path.dirname(out))
     clips = held_out(model, cfg, context_frames if actions else num_frames, dataset)
     numbers = clips.fixed(num_clips, seed=seed)
     frames, action = clips.batch(numbers)
@@ -214,7 +233,5 @@ if __name__ == '__main__':
     rows = {'dream': to_pixels(dreamed, vae)}
     if not actions:
         rows = {'truth': clips.pixels(numbers).permute(0, 1, 3, 4, 2).numpy()} | rows
-    out = out or os.path.join(beside(ckpt), f'rollout.{format}')
-    os.makedirs(os.path.dirname(out) or '.', exist_ok=True)
     write_video(out, side_by_side(rows, context_frames), fps)
     print(f'{out}: {len(frames)} clips of {num_frames} frames, {context_frames} of them given')

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, error, inline, run
-from raw import KINDS, episodes, film, lerobot, save_pth
+from raw import KINDS, episodes, film, lerobot, save_pth, write_video
 
 from data import Clips
 from evaluate import psnr
@@ -195,3 +195,31 @@ def test_own_recordings_with_a_fault_are_named(tmp_path):
     assert len(prepared(tmp_path / 'out')) == 2
     os.remove(root / '2.csv')
     assert '2.npy has no actions beside it' in error(*command('clips', root, tmp_path / 'again'))
+
+
+def test_damage_that_would_go_unseen_is_seen(tmp_path):
+    root, names = tmp_path / 'raw', 'abcdefg'
+    root.mkdir()
+    truth = dict(zip(names, episodes([20] * len(names), 2), strict=True))
+    for name, (frames, actions) in truth.items():
+        np.save(root / f'{name}.npy', frames)
+        np.savetxt(root / f'{name}.csv', actions, delimiter=',')
+    np.save(root / 'a.npy', truth['a'][0].transpose(0, 3, 1, 2))  # channels first
+    np.save(root / 'b.npy', truth['b'][0] / 255)  # floats
+    os.remove(root / 'c.npy')
+    write_video(str(root / 'c.mkv'), truth['c'][0])
+    whole = (root / 'c.mkv').read_bytes()
+    (root / 'c.mkv').write_bytes(whole[:len(whole) * 2 // 3])  # cut short
+    (root / 'd.csv').write_bytes(b'\xef\xbb\xbf' + (root / 'd.csv').read_bytes())  # a spreadsheet's mark, not a header
+    (root / 'e.csv').write_text('a0,a1\n' + (root / 'e.csv').read_text())
+    (root / 'f.npy').write_bytes(b'')
+    (root / '._g.npy').write_bytes(b'\x80')
+    said = inline(*command('clips', root, tmp_path / 'out'), '--val_share=0.6')
+    assert [n for n in names if f'{n}.npy: ' in said or f'{n}.mkv: ' in said] == ['a', 'b', 'c', 'f']
+    assert_equal(tmp_path / 'out', [truth[n] for n in 'deg'], lossless=True, size=64)
+
+
+def test_a_few_episodes_keep_some_of_each_published_split(tmp_path):
+    KINDS['dino_pusht'][0](str(tmp_path / 'raw'))
+    inline(*command('dino_pusht', tmp_path / 'raw', tmp_path / 'out'), '--episodes=1')
+    assert sorted(len(f) for f, _ in prepared(tmp_path / 'out')) == [22, 24]
