@@ -121,7 +121,7 @@ def test_each_mistake_gets_one_clear_line(wall, trained, tmp_path):
     assert 'does not divide into patches' in error(*options, '--patch_size=5')
     assert 'no checkpoint at' in error(*options, '--resume=True')
     assert 'no checkpoint at' in error('sample.py', f'--ckpt={tmp_path}')
-    assert 'history=9: expected 1 to 3' in error('sample.py', f'--ckpt={trained}', '--history=9', f'--out={tmp_path}/a')
+    assert 'history=9: expected 1 to 3' in error('sample.py', f'--ckpt={trained}', '--history=9')
     assert 'expected gif or mp4' in error('sample.py', f'--ckpt={trained}', '--format=avi')
     assert 'not a readable .npy file' in error('sample.py', f'--ckpt={trained}', f'--actions={config}')
     for split in ('train', 'val'):
