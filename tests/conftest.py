@@ -8,14 +8,14 @@ import subprocess
 import sys
 
 import pytest
-import torch
+from torch import library
 
 try:
     import torchvision  # noqa: F401
 except ImportError:
     pass
 except RuntimeError:  # built for another torch, which misses its operators: lpips and diffusers import it but use none
-    missing = torch.library.Library('torchvision', 'DEF')
+    missing = library.Library('torchvision', 'DEF')
     for name in ('nms', 'qnms'):
         missing.define(f'{name}(Tensor x) -> Tensor')
 
