@@ -299,8 +299,10 @@ if real_data and channels != 3:
 val_frames, val_action = val_clips.batch(val_clips.fixed(num_val_clips))
 metric_clips = val_clips.fixed(num_metric_clips)
 metrics_every = metrics_every if real_data and (decoder or channels == 3) else 0
-if metrics_every:
-    val_clips.pixels(metric_clips)  # says now, not at that step, if there are none
+if metrics_every:  # whatever is missing is said now, not at that step
+    if len(metric_clips) < 2:
+        sys.exit(f'num_metric_clips={num_metric_clips}: metrics need two or more, and as many in the validation split')
+    val_clips.pixels(metric_clips)
 
 
 @torch.no_grad()
