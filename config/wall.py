@@ -1,4 +1,4 @@
-# The wall world on a laptop: 32x32 pixels, 1.6 M parameters, about ten minutes on two CPU cores.
+# The wall world on a laptop: 32x32 pixels, 1.6 M parameters, about seven minutes on two CPU cores.
 out_dir = 'out/wall'
 dataset = 'data/wall'
 normalize_action = True  # a step is less than a tenth of the room: too quiet to be heard otherwise
