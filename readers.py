@@ -140,7 +140,6 @@ def one_of(root, *patterns):
 
 def read_video(path, first, count):
     """Frames first to first + count as uint8 [count,H,W,3]; seeks once, then decodes in order."""
-    extra('av')
     frames = []
     with iio.imopen(path, 'r', plugin='pyav') as f:
         try:
@@ -191,6 +190,7 @@ def lerobot(root, image_key, action_key='action'):
                 video, round(row.get(f'{prefix}/from_timestamp', 0) * info['fps']))
 
     as_video = features[image_key]['dtype'] == 'video'
+    as_video and extra('av')  # says now, not for every episode, if it is missing
     columns = ('episode_index', action_key) if as_video else ('episode_index', action_key, image_key)
     splits = {k: [int(n) for n in v.split(':')] for k, v in info.get('splits', {}).items() if k in ('train', 'val')}
     splits = splits if 'val' in splits else {}  # most have one for training only
@@ -330,6 +330,7 @@ def dino_wm(root, name, relative_actions=True):
             if len(lengths) != N:
                 raise Missing(f'{files[0]} has {len(lengths)} lengths for the {N} episodes of {stem}.pth')
             one_of(part, 'obses/episode_*.*')
+            name == 'pusht' and extra('av')
             paths = [f'{part}/obses/episode_{i:03d}.{"mp4" if name == "pusht" else "pth"}' for i in range(N)]
         else:
             one_of(part, '[0-9]*/obses.pth')
@@ -401,6 +402,8 @@ def clips(root):
             if not video and np.load(path, mmap_mode='r', allow_pickle=False).ndim < 3:
                 continue  # actions
             length = count_frames(path)
+        except Missing:
+            raise
         except Exception:  # reading it will say why, by name
             pass
         if stem in taken:
@@ -463,7 +466,7 @@ def load_frames(path):
         return np.load(path, mmap_mode='r', allow_pickle=False)
     if path.lower().endswith('.gif'):
         return iio.imread(path, plugin='pillow', mode='RGB', index=None)
-    extra('av')  # threads over frames would swallow the error of a file that was cut short
+    # threads over frames would swallow the error of a file that was cut short
     return np.stack(list(iio.imiter(path, plugin='pyav', thread_type='SLICE')))
 
 

@@ -15,9 +15,8 @@ try:
 except ImportError:
     pass
 except RuntimeError:  # built for another torch, which misses its operators: lpips and diffusers import it but use none
-    missing = library.Library('torchvision', 'DEF')
     for name in ('nms', 'qnms'):
-        missing.define(f'{name}(Tensor x) -> Tensor')
+        library.define(f'torchvision::{name}', '(Tensor x) -> Tensor')
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 TRAIN = ['train.py', '--device=cpu', '--patch_size=4', '--hidden_size=32', '--depth=2', '--num_heads=2',
