@@ -18,6 +18,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 SCHEDULES = ('sequential', 'full_sequence', 'pyramid')
+CPU_PATCHES = 1024  # finished frames are run this many at once: what fits a processor's own cache is a sixth faster
 
 
 def alpha_bar_table(noise_schedule, zero_terminal_snr, num_timesteps=1000):
@@ -258,6 +259,9 @@ class Diffusion(nn.Module):
         x[:, :known] = self.add_noise(x[:, :known], shown[:1, :known], fixed[:, :known])
         x0 = torch.zeros_like(x) if solver == 'dpmpp' else None
         done = 0  # so many frames are in the cache as they will stay
+        few = len(places)
+        if cache and x.device.type == 'cpu':
+            few = max(1, CPU_PATCHES // (len(x) * math.prod(model.config.grid)))
         if cache and shared:
             one, done = model.new_cache(1), known
             model(x[:1, :known], shown[:1, :known], action[:1], one, places[:known], skip=known)
@@ -269,6 +273,9 @@ class Diffusion(nn.Module):
             low, high = int((t >= 0).nonzero()[0]), int((t != s).nonzero()[-1]) + 1  # clean | these move | not yet
             move, now, after = slice(low, high), rows[i:i + 1], rows[i + 1:i + 2]
             if cache:
+                while low - done > few:
+                    run, done = slice(done, done + few), done + few
+                    model(x[:, run], shown[i:i + 1, run], action, cache, places[run], skip=few)
                 run = slice(done, high)
                 out = model(x[:, run], shown[i:i + 1, run], action, cache, places[run], skip=low - done)
                 done = low

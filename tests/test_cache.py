@@ -44,6 +44,13 @@ def test_cached_equals_plain_under(options, injection):
     assert_cached_equals_plain(tiny(injection=injection), Diffusion('v'), **options)
 
 
+@pytest.mark.parametrize('context', [4, 5])
+def test_cached_equals_plain_when_frames_enter_a_few_at_a_time(monkeypatch, context):
+    model = tiny(injection='cross_attention', num_frames=7)
+    monkeypatch.setattr('diffusion.CPU_PATCHES', 2 * 2 * model.pos_embed.shape[1])  # two frames of two clips
+    assert_cached_equals_plain(model, Diffusion('v'), num_frames=11, context=context)
+
+
 @pytest.mark.parametrize('schedule', SCHEDULES)
 def test_cached_equals_plain_when_a_grid_is_finer_than_the_timesteps(schedule):
     assert_cached_equals_plain(tiny(), Diffusion('v', num_timesteps=5), schedule=schedule, steps=8, eta=1.0)
