@@ -24,7 +24,7 @@ import numpy as np
 from PIL import Image
 
 from checkpoint import read_checkpoint, save_checkpoint
-from evaluate import COLUMNS, interval, markdown, plot
+from evaluate import COLUMNS, interval, markdown, plot, with_interval
 from model import INJECTIONS
 
 TARGETS = ('epsilon', 'x', 'v', 'flow')
@@ -109,6 +109,23 @@ def compare_samplers(runs, key):
     return markdown(rows), plot(curves, steps, title, size=(760, 360))
 
 
+def fewest_steps(runs):
+    """Markdown: what the first solver's last number of steps gives, and with how few each solver gives the same."""
+    names, keys = solvers.split(','), ('psnr', 'ssim', 'gap_psnr')
+    head = [*(COLUMNS[k][0] for k in keys), *(f'{name}: fewest steps within' for name in names)]
+    rows = {f'{names[0]}, {steps[-1]} steps': head}
+    for target in values:
+        last = runs[target, names[0]][-1]
+        means = {k: over_seeds(last, k)[0] for k in keys}
+        spans = {k: interval(np.mean([run['per_clip'][k] for run in last], axis=0)) for k in keys}
+        rows[target] = [with_interval(k, means, spans) for k in keys]
+        for name in names:
+            within = [n for n, line in zip(steps, runs[target, name], strict=True)
+                      if all(low <= over_seeds(line, k)[0] <= high for k, (low, high) in spans.items())]
+            rows[target].append(min(within, default=''))
+    return markdown(rows)
+
+
 if __name__ == '__main__':
     from configurator import configure
     argv = sys.argv[1:]
@@ -160,15 +177,15 @@ if __name__ == '__main__':
         runs = {(value, solver): [[
             measure(ckpt := run['settings']['ckpt'], f'{ckpt}/{solver}-{n}', f'--solver={solver}', f'--num_steps={n}')
             for run in arms[value]] for n in steps] for value, solver in product(values, solvers.split(','))}
-        parts = [compare_samplers(runs, k) for k in ('psnr', 'ssim', 'gap_psnr')]
+        parts, extra = [compare_samplers(runs, k) for k in ('psnr', 'ssim', 'gap_psnr')], [fewest_steps(runs)]
         used = [run for line in runs.values() for seeds_of in line for run in seeds_of]
     else:
-        parts, used = [compare_arms(arms)], sum(arms.values(), [])
+        parts, extra, used = [compare_arms(arms)], [], sum(arms.values(), [])
 
     s, path = used[0]['settings'], f'{results_dir}/{axis}_{base_name}'
     machines = ', '.join(sorted({run['settings']['machine'] for run in used}))
     text = '\n\n'.join([
-        *(table for table, _ in parts),
+        *(table for table, _ in parts), *extra,
         f'{s["num_clips"]} held-out clips, {s["context_frames"]} of {s["num_frames"]} frames given; seeds '
         f'{", ".join(map(str, seeds))}: mean ± standard deviation.\nIntervals: bootstrap over the clips, each averaged '
         f'over the seeds. Evaluated on {machines}.', f'    python ablate.py {shlex.join(sys.argv[1:])}\n'])

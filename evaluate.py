@@ -227,17 +227,19 @@ def markdown(rows):
     return '\n'.join([lines[0], '| --- ' * lines[0].count(' | ') + '| --- |', *lines[1:]])
 
 
+def with_interval(key, means, intervals, whose=''):
+    """'mean [low, high]' of metric `key`; '' where there is none."""
+    digits, key = COLUMNS[key][1], whose + key
+    span = ', '.join(f'{v:.{digits}f}' for v in intervals.get(key, ()))
+    return f'{means[key]:.{digits}f}' + f' [{span}]' * bool(span) if key in means else ''
+
+
 def table(name, means, intervals):
     """Markdown: the run, ready to paste among others, above its baselines."""
     columns = {k: title for k, (title, _) in COLUMNS.items() if k in means}
-
-    def cell(key, digits):
-        span = ', '.join(f'{v:.{digits}f}' for v in intervals.get(key, ()))
-        return f'{means[key]:.{digits}f}' + f' [{span}]' * bool(span) if key in means else ''
-
-    whose = {f'**{name}**': '', 'copy': 'copy_', 'wrong actions': 'wrong_', 'vae': 'vae_'}
-    return markdown({'': columns.values()} | {row: [cell(who + k, COLUMNS[k][1]) for k in columns]
-                                              for row, who in whose.items() if f'{who}psnr' in means})
+    rows = {f'**{name}**': '', 'copy': 'copy_', 'wrong actions': 'wrong_', 'vae': 'vae_'}
+    return markdown({'': columns.values()} | {row: [with_interval(k, means, intervals, whose) for k in columns]
+                                              for row, whose in rows.items() if f'{whose}psnr' in means})
 
 
 def plot(curves, ticks, caption, joined=True, size=(560, 320)):
