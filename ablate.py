@@ -186,9 +186,10 @@ if __name__ == '__main__':
     machines = ', '.join(sorted({run['settings']['machine'] for run in used}))
     text = '\n\n'.join([
         *(table for table, _ in parts), *extra,
-        f'{s["num_clips"]} held-out clips, {s["context_frames"]} of {s["num_frames"]} frames given; seeds '
-        f'{", ".join(map(str, seeds))}: mean ± standard deviation.\nIntervals: bootstrap over the clips, each averaged '
-        f'over the seeds. Evaluated on {machines}.', f'    python ablate.py {shlex.join(sys.argv[1:])}\n'])
+        f'{s["num_clips"]} held-out clips, {s["context_frames"]} of {s["num_frames"]} frames given; seed '
+        f'{", ".join(map(str, seeds))}{": mean ± standard deviation" * (len(seeds) > 1)}.\n'
+        f'Intervals: 95 %, bootstrap over the clips, each averaged over the seeds. Evaluated on {machines}.',
+        f'    python ablate.py {shlex.join(sys.argv[1:])}\n'])
     os.makedirs(results_dir, exist_ok=True)
     with open(f'{path}.md', 'w') as f:
         f.write(text)
