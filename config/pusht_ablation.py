@@ -1,5 +1,5 @@
 # PushT for ablate.py at 16x16 pixels, as small as config/wall_ablation_long.py: five minutes on one CPU core an arm.
-# The data: python data.py pusht --out=data/pusht16 --image_size=16
+# The data: python data.py pusht --out=data/pusht16 --image_size=16 --episodes=700
 dataset = 'data/pusht16'
 frame_interval = 10  # a second between frames, so that an action moves more than a pixel; it is 10 x 2 numbers
 normalize_action = True
