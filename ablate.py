@@ -29,6 +29,7 @@ from model import INJECTIONS
 
 TARGETS = ('epsilon', 'x', 'v', 'flow')
 DOUBLE_ZERO = 'cross_attention_double_zero'
+STEPS_KEYS = ('psnr', 'ssim', 'gap_psnr')  # what the steps axis shows
 
 
 def call(script, *options):
@@ -80,6 +81,11 @@ def over_seeds(runs, key):
     return np.mean(values), np.std(values, ddof=1) if len(values) > 1 else 0.0
 
 
+def over_clips(runs, key):
+    """95 % interval of a metric's mean, by bootstrap over the clips, each averaged over the seeds."""
+    return interval(np.mean([run['per_clip'][key] for run in runs], axis=0))
+
+
 def cell(mean, deviation, key):
     digits = COLUMNS[key][1]
     return f'{mean:.{digits}f}' + f' ± {deviation:.{digits}f}' * (len(seeds) > 1)
@@ -91,7 +97,7 @@ def compare_arms(arms):
     columns = [k for k in COLUMNS if all(k in run['means'] for run in runs)]
     rows = {axis: ['parameters', 'steps', *(COLUMNS[k][0] for k in columns), '95 % interval']}
     for name, runs in arms.items():
-        low, high = interval(np.mean([run['per_clip']['gap_psnr'] for run in runs], axis=0))
+        low, high = over_clips(runs, 'gap_psnr')
         s = runs[0]['settings']
         rows[name] = [f'{s["parameters"] / 1e6:.2f} M', f'{s["train"]["max_steps"]:,}',
                       *(cell(*over_seeds(runs, k), k) for k in columns), f'{low:.2f} to {high:.2f}']
@@ -111,16 +117,15 @@ def compare_samplers(runs, key):
 
 def fewest_steps(runs):
     """Markdown: what the first solver's last number of steps gives, and with how few each solver gives the same."""
-    names, keys = solvers.split(','), ('psnr', 'ssim', 'gap_psnr')
-    head = [*(COLUMNS[k][0] for k in keys), *(f'{name}: fewest steps within' for name in names)]
-    rows = {f'{names[0]}, {steps[-1]} steps': head}
+    head = [*(COLUMNS[k][0] for k in STEPS_KEYS), *(f'{solver}: fewest steps within' for solver in solvers)]
+    rows = {f'{solvers[0]}, {steps[-1]} steps': head}
     for target in values:
-        last = runs[target, names[0]][-1]
-        means = {k: over_seeds(last, k)[0] for k in keys}
-        spans = {k: interval(np.mean([run['per_clip'][k] for run in last], axis=0)) for k in keys}
-        rows[target] = [with_interval(k, means, spans) for k in keys]
-        for name in names:
-            within = [n for n, line in zip(steps, runs[target, name], strict=True)
+        last = runs[target, solvers[0]][-1]
+        means = {k: over_seeds(last, k)[0] for k in STEPS_KEYS}
+        spans = {k: over_clips(last, k) for k in STEPS_KEYS}
+        rows[target] = [with_interval(k, means, spans) for k in STEPS_KEYS]
+        for solver in solvers:
+            within = [n for n, line in zip(steps, runs[target, solver], strict=True)
                       if all(low <= over_seeds(line, k)[0] <= high for k, (low, high) in spans.items())]
             rows[target].append(min(within, default=''))
     return markdown(rows)
@@ -164,7 +169,7 @@ if __name__ == '__main__':
     key, values = axes[axis]
     if {*filter(None, only.split(','))} - {*values}:
         sys.exit(f'only={only!r}: expected some of {",".join(values)}')
-    values = only.split(',') if only else values
+    values, solvers = only.split(',') if only else values, solvers.split(',')
     try:
         seeds, steps = ([int(n) for n in numbers.split(',')] for numbers in (seeds, steps))
     except ValueError:
@@ -176,16 +181,18 @@ if __name__ == '__main__':
     if axis == 'steps':
         runs = {(value, solver): [[
             measure(ckpt := run['settings']['ckpt'], f'{ckpt}/{solver}-{n}', f'--solver={solver}', f'--num_steps={n}')
-            for run in arms[value]] for n in steps] for value, solver in product(values, solvers.split(','))}
-        parts, extra = [compare_samplers(runs, k) for k in ('psnr', 'ssim', 'gap_psnr')], [fewest_steps(runs)]
+            for run in arms[value]] for n in steps] for value, solver in product(values, solvers)}
+        tables, pictures = zip(*(compare_samplers(runs, k) for k in STEPS_KEYS), strict=True)
+        tables = (*tables, fewest_steps(runs))
         used = [run for line in runs.values() for seeds_of in line for run in seeds_of]
     else:
-        parts, extra, used = [compare_arms(arms)], [], sum(arms.values(), [])
+        tables, pictures = zip(*[compare_arms(arms)], strict=True)
+        used = sum(arms.values(), [])
 
     s, path = used[0]['settings'], f'{results_dir}/{axis}_{base_name}'
     machines = ', '.join(sorted({run['settings']['machine'] for run in used}))
     text = '\n\n'.join([
-        *(table for table, _ in parts), *extra,
+        *tables,
         f'{s["num_clips"]} held-out clips, {s["context_frames"]} of {s["num_frames"]} frames given; seed '
         f'{", ".join(map(str, seeds))}{": mean ± standard deviation" * (len(seeds) > 1)}.\n'
         f'Intervals: 95 %, bootstrap over the clips, each averaged over the seeds. Evaluated on {machines}.',
@@ -193,5 +200,5 @@ if __name__ == '__main__':
     os.makedirs(results_dir, exist_ok=True)
     with open(f'{path}.md', 'w') as f:
         f.write(text)
-    Image.fromarray(np.concatenate([np.asarray(image) for _, image in parts])).save(f'{path}.png')
+    Image.fromarray(np.concatenate([np.asarray(picture) for picture in pictures])).save(f'{path}.png')
     print(f'{text}\n{path}.md and .png')

@@ -18,7 +18,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 SCHEDULES = ('sequential', 'full_sequence', 'pyramid')
-CPU_PATCHES = 1024  # finished frames are run this many at once: what fits a processor's own cache is a sixth faster
+CPU_PATCHES = 1024  # so many at a time of finished frames: on a CPU, what fits its own cache is a sixth faster
 
 
 def alpha_bar_table(noise_schedule, zero_terminal_snr, num_timesteps=1000):
