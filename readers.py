@@ -28,7 +28,7 @@ import imageio.v3 as iio
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageOps
 from tqdm import tqdm
 
 import envs
@@ -456,7 +456,7 @@ def load_image(path):
     with Image.open(path) as image:
         if image.mode.startswith('I'):
             raise ValueError(f'{os.path.basename(path)} has 16 bits or more; expected 8')
-        return np.asarray(image.convert('RGB'))
+        return np.asarray(ImageOps.exif_transpose(image).convert('RGB'))
 
 
 def load_frames(path):
@@ -466,8 +466,10 @@ def load_frames(path):
         return np.load(path, mmap_mode='r', allow_pickle=False)
     if path.lower().endswith('.gif'):
         return iio.imread(path, plugin='pillow', mode='RGB', index=None)
-    # threads over frames would swallow the error of a file that was cut short
-    return np.stack(list(iio.imiter(path, plugin='pyav', thread_type='SLICE')))
+    with extra('av').open(path) as f:
+        f.streams.video[0].thread_type = 'SLICE'  # threads over frames would swallow the error of a file cut short
+        return np.stack([np.rot90(frame.to_ndarray(format='rgb24'), frame.rotation // 90)  # a telephone held upright
+                         for frame in f.decode(video=0)])
 
 
 def count_frames(path):

@@ -8,15 +8,17 @@ import subprocess
 import sys
 import time
 
+import imageio.v3 as iio
 import numpy as np
 import pytest
 import torch
 from conftest import ROOT, error, inline, run
+from PIL import Image
 from raw import KINDS, episodes, film, lerobot, save_pth, write_video
 
 from data import Clips
 from evaluate import psnr
-from readers import resize
+from readers import load_frames, resize
 from vae import VAE
 
 for package in ('h5py', 'pyarrow', 'av'):
@@ -195,6 +197,22 @@ def test_own_recordings_with_a_fault_are_named(tmp_path):
     assert len(prepared(tmp_path / 'out')) == 2
     os.remove(root / '2.csv')
     assert '2.npy has no actions beside it' in error(*command('clips', root, tmp_path / 'again'))
+
+
+def test_what_a_telephone_held_upright_records_stands_upright(tmp_path):
+    ffmpeg = pytest.importorskip('imageio_ffmpeg').get_ffmpeg_exe()
+    picture = film(4, 32, 48)
+    write_video(flat := tmp_path / 'flat.mp4', picture)
+    for turn in ('90', '180', '270'):
+        path = str(tmp_path / f'{turn}.mp4')
+        subprocess.run([ffmpeg, '-v', 'error', '-display_rotation', turn, '-i', flat, '-c', 'copy', path], check=True)
+        upright = np.stack(list(iio.imiter(path, plugin='FFMPEG')))  # it turns by itself
+        want, have = (torch.from_numpy(f).movedim(3, 1) / 255 for f in (upright, load_frames(path)))
+        assert psnr(want, have).min() > 35
+    image, exif = Image.fromarray(picture[0]), Image.Exif()
+    exif[0x0112] = 6  # to be turned by a quarter, clockwise
+    image.save(tmp_path / '0.png', exif=exif)
+    assert (load_frames(str(tmp_path))[0] == np.rot90(picture[0], -1)).all()
 
 
 def test_damage_that_would_go_unseen_is_seen(tmp_path):
