@@ -95,12 +95,14 @@ def compare_arms(arms):
     """(Markdown, picture) of {name: runs}."""
     runs = sum(arms.values(), [])
     columns = [k for k in COLUMNS if all(k in run['means'] for run in runs)]
-    rows = {axis: ['parameters', 'steps', *(COLUMNS[k][0] for k in columns), '95 % interval']}
+    rows = {axis: ['parameters', 'steps', *(COLUMNS[k][0] for k in columns), '95 % interval', 'gap by seed']}
     for name, runs in arms.items():
         low, high = over_clips(runs, 'gap_psnr')
         s = runs[0]['settings']
         rows[name] = [f'{s["parameters"] / 1e6:.2f} M', f'{s["train"]["max_steps"]:,}',
-                      *(cell(*over_seeds(runs, k), k) for k in columns), f'{low:.2f} to {high:.2f}']
+                      *(cell(*over_seeds(runs, k), k) for k in columns), f'{low:.2f} to {high:.2f}',
+                      ', '.join(f'{run["means"]["gap_psnr"]:.2f}' for run in runs)]
+    rows['copy'] = ['', '', *(with_interval(k, runs[0]['means'], {}, 'copy_') for k in columns), '', '']
     whose = {'dream': 'psnr', 'copy': 'copy_psnr', 'wrong actions': 'wrong_psnr'}
     curves = {label: [over_seeds(runs, key) for runs in arms.values()] for label, key in whose.items()}
     names = [name.replace('_', ' ').replace('attention ', '') for name in arms]  # or labels meet

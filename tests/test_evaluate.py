@@ -232,7 +232,8 @@ def test_an_ablation_is_interrupted_resumed_and_skips_what_is_done(wall, tmp_pat
     gaps = {name: figures(f)['means']['gap_psnr'] for name, f in folders.items()}
     assert len(gaps) == 5 and all((gap == 0) == ('double_zero' in name) for name, gap in gaps.items())
     assert read_checkpoint(folders[last])[2]['step'] == 4
-    assert '| cross_attention_double_zero | 0.0' in text and '0.00 ± 0.00 | 0.00 to 0.00 |' in text
+    assert '| cross_attention_double_zero | 0.0' in text and '0.00 ± 0.00 | 0.00 to 0.00 | 0.00, 0.00 |' in text
+    assert '| copy |  |  | ' in text
     assert {'injection_tiny.png', 'steps_tiny.png'} <= set(os.listdir(tmp_path / 'results'))
     lines = (tmp_path / 'results' / 'steps_tiny.md').read_text().splitlines()
     row = next(line for line in lines if line.startswith('| x |'))  # the last number of steps is in its own interval
