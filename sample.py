@@ -206,7 +206,7 @@ if __name__ == '__main__':
         A = model.config.action_dim
         raw = A // cfg['frame_interval']  # numbers per recorded action
         if own.ndim != 2 or own.shape[1] not in (raw, A) or own.size % A:
-            sys.exit(f'--actions={actions} has shape {list(own.shape)}: expected [num_frames, {A}]')
+            sys.exit(f'--actions={actions} has shape {list(own.shape)}: expected [{A // raw} * num_frames, {raw}]')
         num_frames = own.size // A
     if not 1 <= context_frames < num_frames:
         sys.exit(f'context_frames={context_frames}: expected 1 or more, and fewer than num_frames={num_frames}')

@@ -4,7 +4,7 @@
     python train.py config/wall.py --injection=film --out_dir=out/film  # change anything
     python train.py config/wall.py --resume=True                        # go on where it stopped
     torchrun --nproc_per_node=8 train.py config/pusht_tiny.py           # 8 GPUs
-    torchrun --nproc_per_node=8 train.py config/rt1_b2.py config/xl2.py --fsdp=True --out_dir=out/xl2   # one model
+    torchrun --nproc_per_node=8 train.py config/rt1_b2.py config/xl2.py --fsdp=True --grad_checkpoint=True  # one model
 
 Leaves in out_dir: latest.safetensors (replaced atomically), step_*.safetensors (kept), config.json, log.jsonl,
 dream_*.png, and TensorBoard events if it is installed.

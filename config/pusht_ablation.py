@@ -1,4 +1,4 @@
-# PushT for ablate.py at 8x8 pixels: the setting of config/wall_ablation_long.py, in which each target learns to listen.
+# PushT for ablate.py at 8x8 pixels: config/wall_ablation_long.py's model, so that each target learns to listen.
 # Five minutes on one CPU core an arm. The data: python data.py pusht --out=data/pusht8 --image_size=8 --episodes=700
 dataset = 'data/pusht8'
 frame_interval = 10  # a second between frames, so that an action moves something; it is 10 x 2 numbers
