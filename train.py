@@ -1,10 +1,11 @@
-"""Train a world model with diffusion forcing, on one CPU or GPU or on many processes.
+r"""Train a world model with diffusion forcing, on one CPU or GPU or on many processes.
 
     python train.py config/wall.py                                      # minutes on a laptop
     python train.py config/wall.py --injection=film --out_dir=out/film  # change anything
     python train.py config/wall.py --resume=True                        # go on where it stopped
     torchrun --nproc_per_node=8 train.py config/pusht_tiny.py           # 8 GPUs
-    torchrun --nproc_per_node=8 train.py config/rt1_b2.py config/xl2.py --fsdp=True --grad_checkpoint=True  # one model
+    torchrun --nproc_per_node=8 train.py config/rt1_b2.py config/xl2.py --fsdp=True --grad_checkpoint=True \
+        --out_dir=out/rt1_xl2                                           # one model, in 8 shards
 
 Leaves in out_dir: latest.safetensors (replaced atomically), step_*.safetensors (kept), config.json, log.jsonl,
 dream_*.png, and TensorBoard events if it is installed.

@@ -166,7 +166,8 @@ def test_sample_writes_a_video_of_any_length(trained, tmp_path):
     with Image.open(gif) as image:
         assert image.n_frames == 6
     np.save(npy, np.zeros((6, 3)))
-    assert '[6, 3]: expected [1 * num_frames, 2]' in error('sample.py', f'--ckpt={trained}', f'--actions={npy}')
+    said = error('sample.py', f'--ckpt={trained}', f'--actions={npy}')
+    assert 'has shape [6, 3]: expected [1 * num_frames, 2]' in said
     if pytest.importorskip('imageio_ffmpeg'):
         run('sample.py', f'--ckpt={trained}', f'--out={mp4}', '--num_frames=3', '--num_clips=1')
         assert os.path.getsize(mp4) > 500
