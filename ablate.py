@@ -1,140 +1,191 @@
-"""Repeat an ablation: train an arm for each value of an axis with everything else fixed, evaluate, make a table.
+"""Repeat an ablation: one arm for each value of an axis, all else fixed, and a table of them.
 
-    python ablate.py config/wall_ablation.py --axis=target            # epsilon, x, v, flow
-    python ablate.py config/wall_ablation.py --axis=injection         # the five, and one that cannot learn to listen
-    python ablate.py config/wall_ablation.py --axis=scale             # three sizes
-    python ablate.py config/wall_ablation.py --axis=steps             # of sampling, for each target and solver
+    python ablate.py config/wall_ablation.py --axis=target       # epsilon, x, v, flow
+    python ablate.py config/wall_ablation.py --axis=injection    # the five, and one that stays deaf
+    python ablate.py config/wall_ablation.py --axis=scale        # three sizes
+    python ablate.py config/wall_ablation.py --axis=steps        # of each target and solver
     python ablate.py config/rt1_b2.py --launch='torchrun --nproc_per_node=8'
 
-An arm is a folder of out_dir named by target, injection, size and seed, so axes share the arms they have in common; for
-other --train_options or --eval_options use another --out_dir. After an interruption the same command goes on: what is
-done (its metrics.json is there; delete the folder to do it again) is skipped, what was begun is resumed. Leaves
-results/<axis>_<config>.md and .png.
+An arm is a folder of out_dir named by target, injection, size and seed, so axes share the arms they
+have in common; for other --train_options or --eval_options use another --out_dir. After an
+interruption the same command goes on: what is done (its metrics.json is there; delete the folder to
+do it again) is skipped, what was begun is resumed. Leaves results/<axis>_<config>.md and .png.
 """
 import json
 import os
-import runpy
 import shlex
-import shutil
+import signal
 import subprocess
 import sys
-from itertools import product
+from collections import defaultdict
 
 import numpy as np
-from PIL import Image
 
-from checkpoint import read_checkpoint, save_checkpoint
-from evaluate import COLUMNS, interval, markdown, plot, with_interval
+from configurator import UserError, configure, run_config_file
+from diffusion import SOLVERS, TARGETS
+from evaluate import COLUMNS, markdown, with_interval
+from machine import under_results
+from metrics import interval
 from model import INJECTIONS
+from pictures import plot
 
-TARGETS = ('epsilon', 'x', 'v', 'flow')
-DOUBLE_ZERO = 'cross_attention_double_zero'
+HERE = os.path.dirname(os.path.abspath(__file__))
 STEPS_KEYS = ('psnr', 'ssim', 'gap_psnr')  # what the steps axis shows
 
 
+# -----------------------------------------------------------------------------
+# arms
+
 def call(script, *options):
-    """Run train.py or evaluate.py; ends with one line if that fails."""
-    command = [*(shlex.split(launch) or [sys.executable]), script, *options]
-    if code := subprocess.run(command).returncode:
-        sys.exit(f'{shlex.join(command)} ended with {code}; the same ablate.py command goes on once that is mended')
+    """Run train.py or evaluate.py; Ctrl-C and SIGTERM are passed on, so that a training saves."""
+    command = [*(shlex.split(launch) or [sys.executable]), os.path.join(HERE, script), *options]
+    # in a session of its own: otherwise the terminal's Ctrl-C would reach it twice
+    child = subprocess.Popen(command, start_new_session=True)
+    received = []
+
+    def pass_on(signum, frame):
+        received.append(signum)
+        child.send_signal(signum)
+
+    handlers = {s: signal.signal(s, pass_on) for s in (signal.SIGINT, signal.SIGTERM)}
+    code = child.wait()
+    for s, handler in handlers.items():
+        signal.signal(s, handler)
+    if received:
+        raise UserError('interrupted; the same ablate.py command goes on')
+    if code:
+        raise UserError(f'{shlex.join(command)} ended with {code}; '
+                        'the same ablate.py command goes on once that is mended')
 
 
-def init_double_zero(folder, *options):
-    """Begin an arm as the published reference does, with cross_gate zero beside the zero cross_attn.proj.
-
-    A step at a learning rate of 0 saves the weights that training starts from; without the gates they become step 0.
-    """
-    shutil.rmtree(f'{folder}.init', ignore_errors=True)
-    call('train.py', *options, f'--out_dir={folder}.init', '--max_steps=1', '--learning_rate=0', '--sample_steps=1')
-    state, config, meta = read_checkpoint(f'{folder}.init', train=True)
-    state = {k: v * 0 if k.endswith('cross_gate') else v for k, v in state.items() if not k.startswith('train.adam.')}
-    os.makedirs(folder, exist_ok=True)
-    save_checkpoint(f'{folder}/latest.safetensors', state, config, **meta | {'step': 0})
-    shutil.rmtree(f'{folder}.init')
+def train(folder, options):
+    """Train an arm as far as that is not done."""
+    if os.path.exists(f'{folder}/metrics.json'):
+        return
+    resume = os.path.exists(f'{folder}/latest.safetensors')
+    options = [f'--{key}={value}' for key, value in options.items()]
+    call('train.py', base, *options, *shlex.split(train_options),
+         f'--out_dir={folder}', f'--resume={resume}')
 
 
-def train(target, injection, size, seed):
-    """Train one arm as far as that is not done; returns its folder."""
-    folder = f'{out_dir}/{base_name}/{target}-{injection}-{size}-seed{seed}'
-    latest = f'{folder}/latest.safetensors'
-    if not os.path.exists(f'{folder}/metrics.json'):
-        values = {'pred_name': target, 'injection': injection.removesuffix('_double_zero'), 'seed': seed, **sizes[size]}
-        options = [base, *(f'--{k}={v}' for k, v in values.items()), *shlex.split(train_options)]
-        if injection == DOUBLE_ZERO and not os.path.exists(latest):
-            init_double_zero(folder, *options)
-        call('train.py', *options, f'--out_dir={folder}', f'--resume={os.path.exists(latest)}')
-    return folder
-
-
-def measure(ckpt, out, *options):
-    """The metrics.json of an arm in folder `out`, after evaluating it if there is none."""
-    path = f'{out}/metrics.json'
+def measure(ckpt, folder, *options):
+    """The metrics.json in `folder`, after evaluating the arm if there is none."""
+    path = f'{folder}/metrics.json'
     if not os.path.exists(path):
-        call('evaluate.py', f'--ckpt={ckpt}', f'--out_dir={out}', *options, *shlex.split(eval_options))
+        call('evaluate.py', f'--ckpt={ckpt}', f'--out_dir={folder}', *options,
+             *shlex.split(eval_options))
     with open(path) as f:
         return json.load(f)
 
 
+# -----------------------------------------------------------------------------
+# tables; `runs` are the metrics of one arm, one for each seed
+
 def over_seeds(runs, key):
     """(mean, standard deviation) of a metric; a single run has a deviation of 0."""
     values = [run['means'][key] for run in runs]
-    return np.mean(values), np.std(values, ddof=1) if len(values) > 1 else 0.0
+    if len(values) == 1:
+        return values[0], 0.0
+    return np.mean(values), np.std(values, ddof=1)
 
 
 def over_clips(runs, key):
-    """95 % interval of a metric's mean, by bootstrap over the clips, each averaged over the seeds."""
+    """95 % interval of a mean, by bootstrap over the clips, each averaged over the seeds."""
     return interval(np.mean([run['per_clip'][key] for run in runs], axis=0))
 
 
-def cell(mean, deviation, key):
+def cell(runs, key):
+    """'mean ± standard deviation' over the seeds, or just the number where there is one seed."""
     digits = COLUMNS[key][1]
-    return f'{mean:.{digits}f}' + f' ± {deviation:.{digits}f}' * (len(seeds) > 1)
+    mean, deviation = over_seeds(runs, key)
+    if len(runs) == 1:
+        return f'{mean:.{digits}f}'
+    return f'{mean:.{digits}f} ± {deviation:.{digits}f}'
 
 
 def compare_arms(arms):
-    """(Markdown, picture) of {name: runs}."""
-    runs = sum(arms.values(), [])
-    columns = [k for k in COLUMNS if all(k in run['means'] for run in runs)]
-    rows = {axis: ['parameters', 'steps', *(COLUMNS[k][0] for k in columns), '95 % interval', 'gap by seed']}
-    for name, runs in arms.items():
+    """(Markdown, panels of a plot) of {value: runs}."""
+    everything = sum(arms.values(), [])
+    columns = [key for key in COLUMNS if all(key in run['means'] for run in everything)]
+    titles = [COLUMNS[key][0] for key in columns]
+    rows = {axis: ['parameters', 'steps', *titles, '95 % interval', 'gap by seed']}
+    for value, runs in arms.items():
+        millions = runs[0]['settings']['parameters'] / 1e6
+        train_steps = runs[0]['settings']['train']['max_steps']
+        cells = [cell(runs, key) for key in columns]
         low, high = over_clips(runs, 'gap_psnr')
-        s = runs[0]['settings']
-        rows[name] = [f'{s["parameters"] / 1e6:.2f} M', f'{s["train"]["max_steps"]:,}',
-                      *(cell(*over_seeds(runs, k), k) for k in columns), f'{low:.2f} to {high:.2f}',
-                      ', '.join(f'{run["means"]["gap_psnr"]:.2f}' for run in runs)]
-    rows['copy'] = ['', '', *(with_interval(k, runs[0]['means'], {}, 'copy_') for k in columns), '', '']
-    whose = {'dream': 'psnr', 'copy': 'copy_psnr', 'wrong actions': 'wrong_psnr'}
-    curves = {label: [over_seeds(runs, key) for runs in arms.values()] for label, key in whose.items()}
-    names = [name.replace('_', ' ').replace('attention ', '') for name in arms]  # or labels meet
-    return markdown(rows), plot(curves, names, f'PSNR in dB by {axis}', joined=False, size=(760, 320))
+        gaps = ', '.join(f'{run["means"]["gap_psnr"]:.2f}' for run in runs)
+        rows[value] = [f'{millions:.2f} M', f'{train_steps:,}', *cells, f'{low:.2f} to {high:.2f}', gaps]
+    copies = everything[0]['means']
+    copies = [with_interval(copies.get(f'copy_{key}'), None, COLUMNS[key][1]) for key in columns]
+    rows['copy'] = ['', '', *copies, '', '']
+
+    curves = {}
+    for label, key in {'dream': 'psnr', 'copy': 'copy_psnr', 'wrong actions': 'wrong_psnr'}.items():
+        curves[label] = [over_seeds(runs, key) for runs in arms.values()]
+    return markdown(rows), {'PSNR, dB': curves}
 
 
-def compare_samplers(runs, key):
-    """(Markdown, picture) of one metric of {(target, solver): [runs of each number of steps]}."""
-    curves = {', '.join(name): [over_seeds(r, key) for r in line] for name, line in runs.items()}
-    title = f'{COLUMNS[key][0]} by denoising steps a frame'
-    rows = {title: steps} | {name: [cell(*v, key) for v in line] for name, line in curves.items()}
-    return markdown(rows), plot(curves, steps, title, size=(760, 360))
+def compare_samplers(lines):
+    """(Markdown, panels of a plot) of {(target, solver): [runs of each number of steps]}."""
+    tables, panels = [], {}
+    for key in STEPS_KEYS:
+        title = COLUMNS[key][0]
+        rows = {f'{title} by denoising steps a frame': steps}
+        panels[title] = {}
+        for names, line in lines.items():
+            rows[', '.join(names)] = [cell(runs, key) for runs in line]
+            panels[title][names] = [over_seeds(runs, key) for runs in line]
+        tables.append(markdown(rows))
+    return '\n\n'.join([*tables, fewest_steps(lines)]), panels
 
 
-def fewest_steps(runs):
-    """Markdown: what the first solver's last number of steps gives, and with how few each solver gives the same."""
-    head = [*(COLUMNS[k][0] for k in STEPS_KEYS), *(f'{solver}: fewest steps within' for solver in solvers)]
-    rows = {f'{solvers[0]}, {steps[-1]} steps': head}
+def fewest_steps(lines):
+    """Markdown: what the most steps of the first solver give, and how few steps give the same.
+
+    The same is: PSNR, SSIM and gap all within its intervals.
+    """
+    titles = [COLUMNS[key][0] for key in STEPS_KEYS]
+    titles += [f'{solver}: fewest steps within' for solver in solvers]
+    rows = {f'{solvers[0]}, {steps[-1]} steps': titles}
     for target in values:
-        last = runs[target, solvers[0]][-1]
-        means = {k: over_seeds(last, k)[0] for k in STEPS_KEYS}
-        spans = {k: over_clips(last, k) for k in STEPS_KEYS}
-        rows[target] = [with_interval(k, means, spans) for k in STEPS_KEYS]
+        last = lines[target, solvers[0]][-1]
+        spans = {key: over_clips(last, key) for key in STEPS_KEYS}
+        rows[target] = [with_interval(over_seeds(last, key)[0], span, COLUMNS[key][1])
+                        for key, span in spans.items()]
         for solver in solvers:
-            within = [n for n, line in zip(steps, runs[target, solver], strict=True)
-                      if all(low <= over_seeds(line, k)[0] <= high for k, (low, high) in spans.items())]
-            rows[target].append(min(within, default=''))
+            reached = [n for n, runs in zip(steps, lines[target, solver], strict=True)
+                       if within(runs, spans)]
+            rows[target].append(min(reached, default=''))
     return markdown(rows)
 
 
+def within(runs, spans):
+    means = {key: over_seeds(runs, key)[0] for key in spans}
+    return all(low <= means[key] <= high for key, (low, high) in spans.items())
+
+
+# -----------------------------------------------------------------------------
+# lists on the command line
+
+def numbers(key, text, least):
+    """'0,1,2' -> [0, 1, 2]. Raises UserError unless they are different and `least` or more."""
+    parts = text.split(',')
+    valid = all(part.isdecimal() and int(part) >= least for part in parts)
+    if not valid or len(set(parts)) < len(parts):
+        raise UserError(f'{key}={text!r}: expected different numbers, {least} or more, like 1,2')
+    return [int(part) for part in parts]
+
+
+def names(key, text, known):
+    """'v,x' -> ['v', 'x']; '' is all that are known."""
+    chosen = text.split(',') if text else list(known)
+    if not set(chosen) <= set(known):
+        raise UserError(f'{key}={text!r}: expected some of {",".join(known)}')
+    return chosen
+
+
 if __name__ == '__main__':
-    from configurator import configure
     argv = sys.argv[1:]
     if argv and argv[0].endswith('.py'):
         argv[0] = f'--base={argv[0]}'  # its keys are those of train.py
@@ -151,56 +202,84 @@ if __name__ == '__main__':
     out_dir = 'out/ablation'
     results_dir = 'results'
     # --------------------------------------------------------------------------
-    configure(globals(), argv)
-    if not os.path.exists(base):
-        sys.exit(f'{base}: no such config file')
-    settings, base_name = runpy.run_path(base), os.path.splitext(os.path.basename(base))[0]
-    # where the base says nothing: train.py's defaults
-    width, depth, heads = (settings.get(k, v) for k, v in (('hidden_size', 128), ('depth', 4), ('num_heads', 4)))
-    if 'model_size' in settings:
-        sizes = {name: {'model_size': name} for name in 'SBL'}
-    else:  # half, all and one and a half times the heads, each as wide as in the base
-        sizes = {f'{h * width // heads}x{depth}': dict(hidden_size=h * width // heads, depth=depth, num_heads=h)
-                 for h in (heads // 2, heads, heads * 3 // 2)}
-    fixed = dict(target=settings.get('pred_name', 'v'), injection=settings.get('injection', 'additive'),
-                 size=settings.get('model_size', f'{width}x{depth}'))
-    axes = {'target': ('target', TARGETS), 'injection': ('injection', (*INJECTIONS, DOUBLE_ZERO)),
-            'scale': ('size', sizes), 'steps': ('target', TARGETS)}
-    if axis not in axes:
-        sys.exit(f'axis={axis!r}: expected one of {", ".join(axes)}')
-    key, values = axes[axis]
-    if {*filter(None, only.split(','))} - {*values}:
-        sys.exit(f'only={only!r}: expected some of {",".join(values)}')
-    values, solvers = only.split(',') if only else values, solvers.split(',')
-    try:
-        seeds, steps = ([int(n) for n in numbers.split(',')] for numbers in (seeds, steps))
-    except ValueError:
-        sys.exit(f'seeds={seeds!r}, steps={steps!r}: expected numbers like 0,1,2')
-    arms = {}  # {value: [metrics of each seed]}
-    for seed, value in product(seeds, values):
-        folder = train(**fixed | {key: value}, seed=seed)
-        arms.setdefault(value, []).append(measure(folder, folder))
-    if axis == 'steps':
-        runs = {(value, solver): [[
-            measure(ckpt := run['settings']['ckpt'], f'{ckpt}/{solver}-{n}', f'--solver={solver}', f'--num_steps={n}')
-            for run in arms[value]] for n in steps] for value, solver in product(values, solvers)}
-        tables, pictures = zip(*(compare_samplers(runs, k) for k in STEPS_KEYS), strict=True)
-        tables = (*tables, fewest_steps(runs))
-        used = [run for line in runs.values() for seeds_of in line for run in seeds_of]
-    else:
-        tables, pictures = zip(*[compare_arms(arms)], strict=True)
-        used = sum(arms.values(), [])
+    configure(globals(), argv=argv)
+    seeds, steps = numbers('seeds', seeds, 0), numbers('steps', steps, 1)
+    solvers = names('solvers', solvers, SOLVERS)
+    out_dir = os.path.abspath(under_results(out_dir))
 
-    s, path = used[0]['settings'], f'{results_dir}/{axis}_{base_name}'
+    # the arm that the axes share: what the base says, and where it says nothing this
+    shared = {'pred_name': 'v', 'injection': 'additive'}
+    shared |= {'hidden_size': 128, 'depth': 4, 'num_heads': 4}
+    shared |= run_config_file(base)
+    width, depth, heads = shared['hidden_size'], shared['depth'], shared['num_heads']
+    size = shared.get('model_size') or f'{width}x{depth}'
+    reference = {'target': shared['pred_name'], 'injection': shared['injection'], 'scale': size}
+
+    # the axes: what train.py is told for each value
+    axes = {
+        'target': {name: {'pred_name': name} for name in TARGETS},
+        'injection': {name: {'injection': name} for name in INJECTIONS},
+        'scale': {name: {'model_size': name} for name in dict.fromkeys(['S', 'B', 'L', size])},
+    }
+    axes['injection']['cross_attention_double_zero'] = {
+        'injection': 'cross_attention', 'zero_cross_gate': True}
+    if not shared.get('model_size'):  # half, all and one and a half times the heads, each as wide
+        axes['scale'] = {}
+        for h in (heads // 2, heads, heads * 3 // 2):
+            w = h * width // heads
+            axes['scale'][f'{w}x{depth}'] = {'hidden_size': w, 'depth': depth, 'num_heads': h}
+    if axis not in (*axes, 'steps'):
+        raise UserError(f'axis={axis!r}: expected one of {", ".join(axes)}, steps')
+    varied = 'target' if axis == 'steps' else axis
+    values = names('only', only, axes[varied])
+
+    # train and evaluate
+    arms = defaultdict(list)  # {value: runs}
+    lines = defaultdict(list)  # {(target, solver): [runs of each number of steps]}
+    base_name = os.path.splitext(os.path.basename(base))[0]
+    for seed in seeds:
+        for value in values:
+            arm = reference | {varied: value}
+            options = {'seed': seed}
+            for key, name in arm.items():
+                options |= axes[key][name]
+            folder = f'{out_dir}/{base_name}/{"-".join(arm.values())}-seed{seed}'
+            train(folder, options)
+            arms[value].append(measure(folder, folder))
+    if axis == 'steps':
+        for value in values:
+            for solver in solvers:
+                for n in steps:
+                    runs = []
+                    for run in arms[value]:
+                        folder = run['settings']['ckpt']
+                        runs.append(measure(folder, f'{folder}/{solver}-{n}',
+                                            f'--solver={solver}', f'--num_steps={n}'))
+                    lines[value, solver].append(runs)
+        text, panels = compare_samplers(lines)
+    else:
+        text, panels = compare_arms(arms)
+
+    used = sum(arms.values(), [])
+    s = used[0]['settings']
     machines = ', '.join(sorted({run['settings']['machine'] for run in used}))
-    text = '\n\n'.join([
-        *tables,
-        f'{s["num_clips"]} held-out clips, {s["context_frames"]} of {s["num_frames"]} frames given; seed '
-        f'{", ".join(map(str, seeds))}{": mean ± standard deviation" * (len(seeds) > 1)}.\n'
-        f'Intervals: 95 %, bootstrap over the clips, each averaged over the seeds. Evaluated on {machines}.',
-        f'    python ablate.py {shlex.join(sys.argv[1:])}\n'])
+    clips = f'{s["num_clips"]} held-out clips, {s["context_frames"]} of {s["num_frames"]} frames given'
+    seeds_used = 'seed ' + ', '.join(str(seed) for seed in seeds)
+    if len(seeds) > 1:
+        seeds_used += ': mean ± standard deviation'
+    text += f"""
+
+{clips}; {seeds_used}.
+Intervals: 95 %, bootstrap over the clips, each averaged over the seeds. Evaluated on {machines}.
+
+    python ablate.py {shlex.join(sys.argv[1:])}
+"""
+    path = f'{results_dir}/{axis}_{base_name}'
     os.makedirs(results_dir, exist_ok=True)
     with open(f'{path}.md', 'w') as f:
         f.write(text)
-    Image.fromarray(np.concatenate([np.asarray(picture) for picture in pictures])).save(f'{path}.png')
+    if axis == 'steps':
+        plot(f'{path}.png', panels, steps, 'denoising steps a frame', log_ticks=True)
+    else:
+        plot(f'{path}.png', panels, [value.replace('_', '\n') for value in values], axis)
     print(f'{text}\n{path}.md and .png')

@@ -1,212 +1,340 @@
-"""Weights files: our own checkpoints, published ones in any wrapping, and ids on the Hugging Face hub.
+"""Weights files: our own checkpoints, published ones in any wrapping, and Hugging Face ids.
 
-Our own is one safetensors file: the weights under their own names, the model's config as JSON metadata and, under
-"train.", whatever the training loop needs to go on. Others are a Lightning .ckpt, a bare state dict (.pt, .pth, .bin)
-or a bare .safetensors. Nothing in a file is ever executed.
+Ours is one safetensors file: the weights under their own names, the model's config as JSON metadata
+and, under "train.", whatever the training loop needs to go on. Others are a Lightning .ckpt, a bare
+state dict (.pt, .pth, .bin) or a bare .safetensors. Nothing in a file is executed, and no model is
+built before the tensors bear out what the file claims.
 """
-import functools
+import contextlib
 import glob
 import json
 import math
 import os
-import pickle
 import re
-import zipfile
-from collections import namedtuple
 from dataclasses import asdict
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
 
+from configurator import UserError
 from model import NanoWM, NanoWMConfig
+from pickles import read_torch
 
 SUFFIXES = ('.safetensors', '.ckpt', '.pt', '.pth', '.bin')  # in order of preference
 # Lightning compiled and eager, bare compiled, in DDP and eager
 PREFIXES = ('model._orig_mod.', 'model.', '_orig_mod.', 'module.', '')
 OTHERS = r'vae\.|.*(rope|rotary|freq|_cos$|_sin$)'  # an autoencoder beside the model, rotary tables
-
-
-def save_checkpoint(path, state, config, **meta):
-    """Write tensors `state` {name: tensor} with the model `config` and JSON-able `meta` to `path`, atomically."""
-    state = {k: v.detach().cpu().contiguous() for k, v in state.items()}
-    info = {'config': json.dumps(asdict(config)), 'meta': json.dumps(meta)}
-    tmp = f'{path}.tmp'  # a kill leaves the old file or the new
-    save_file(state, tmp, metadata=info)
-    with open(tmp, 'rb') as f:
-        os.fsync(f.fileno())
-    os.chmod(tmp, 0o644)  # save_file leaves it readable by its owner only
-    os.replace(tmp, path)
-
-
-def read_checkpoint(path, train=False):
-    """(state, config, meta) of a file, folder or hub id; (state, None, {}) if train.py did not write it.
-
-    train=True adds the tensors under "train.". Raises FileNotFoundError or ValueError with one line on what to do.
-    """
-    path = find(path)
-    config, meta = None, {}
-    try:
-        if path.endswith('.safetensors'):
-            with safe_open(path, 'pt') as f:
-                info, names = f.metadata() or {}, model_names(f.keys())
-                if 'meta' in info:
-                    config, meta = NanoWMConfig(**json.loads(info['config'])), json.loads(info['meta'])
-                    names = {k: k for k in f.keys() if train or not k.startswith('train.')}
-                state = {name: f.get_tensor(k) for name, k in names.items()}
-        else:
-            state = read_pickle(path)
-    except Exception as e:  # a broken or hostile file can raise anything
-        kind = 'safetensors' if path.endswith('.safetensors') else 'PyTorch (1.6 or newer)'
-        why = ' '.join(f'{type(e).__name__}: {e}'.split())
-        raise ValueError(f'{path} is not a readable {kind} file ({why}); restore it or use another one') from e
-    if not state:
-        raise ValueError(f'{path} holds no weights of a NanoWM: x_embedder.proj.weight is missing')
-    if train and not config:
-        raise ValueError(f'{path} was not written by train.py: start from it with --init_from, not --resume')
-    return state, config, meta
-
-
-def load_model(path, device='cpu', injection=None, causal=None):
-    """The model of a checkpoint (its EMA weights if it is ours), in eval mode, and the metadata saved beside it.
-
-    injection and causal help config_of with files that train.py did not write. Raises as read_checkpoint does.
-    """
-    state, config, meta = read_checkpoint(path)
-    try:
-        model = NanoWM(config or config_of(state, injection, causal))
-    except ValueError as e:
-        raise ValueError(f'{path}: {e}') from e
-    load_weights(model, state, path)
-    return model.to(device).eval(), meta
-
-
-def load_weights(model, state, path):
-    """load_state_dict(strict=True) with an error of one line: which file, which tensors, which shapes."""
-    want = {k: tuple(v.shape) for k, v in model.state_dict().items()}
-    have = {k: tuple(v.shape) for k, v in state.items()}
-    wrong = [f'{k} is {have.get(k, "missing")}, not {want.get(k, "expected")}'
-             for k in sorted({*want, *have}) if want.get(k) != have.get(k)]
-    if wrong:
-        more = f' and {len(wrong) - 10} more' if len(wrong) > 10 else ''
-        raise ValueError(f'{path} does not fit this model: {"; ".join(wrong[:10])}{more}')
-    model.load_state_dict(state)
+# what names of tensors tell about the injection
+INJECTION_MARKS = {'action_adaLN': 'adaln', 'film': 'film', 'cross_attn': 'cross_attention'}
+MAX_DEPTH = 1000  # a block is 50 KB of Python objects even without weights: names alone could ask for gigabytes
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 # -----------------------------------------------------------------------------
-# files that others wrote
+# reading
+
+def read_checkpoint(path, train=False):
+    """(state, config, meta) of a file, folder or hub id; config is None if train.py did not write it.
+
+    state is {name: tensor}; train=True adds the tensors under "train.". Raises UserError.
+    """
+    path = find(path)
+    if not os.path.isfile(path):
+        raise UserError(f'{path} is a folder, a pipe or a device; expected a file')
+    if path.endswith('.safetensors'):
+        state, config, meta = read_safetensors(path, train)
+    else:
+        state, config, meta = read_pickle(path), None, {}
+    if not state:
+        raise UserError(f'{path} holds no weights of a NanoWM: x_embedder.proj.weight is missing')
+    if train and not config:
+        raise UserError(f'{path} was not written by train.py: '
+                        'start from it with --init_from, not --resume')
+    check_numbers(state, path)
+    if config:
+        check_config(config, state, path)
+    return state, config, meta
+
+
+def read_safetensors(path, train):
+    """(state, config, meta); a file of strangers has no metadata of ours."""
+    config, meta = None, {}
+    try:
+        with safe_open(path, 'pt') as f:
+            info, names = f.metadata() or {}, model_names(f.keys())
+            if 'meta' in info:
+                config, meta = NanoWMConfig(**json.loads(info['config'])), json.loads(info['meta'])
+                names = {name: name for name in f.keys() if train or not name.startswith('train.')}
+            return {name: f.get_tensor(key) for name, key in names.items()}, config, meta
+    except Exception as e:  # a broken or hostile file can raise anything
+        why = ' '.join(f'{type(e).__name__}: {e}'.split())[:200]
+        raise UserError(f'{path} is not a readable safetensors file ({why}); '
+                        'restore it or use another one') from e
+
+
+def read_pickle(path):
+    """The model's {name: tensor} in a file of torch.save: the whole of it, or one of its entries."""
+    tree = read_torch(path)
+    for entry in ('state_dict', 'model'):
+        if isinstance(tree, dict) and isinstance(tree.get(entry), dict):
+            tree = tree[entry]
+            break
+    if not isinstance(tree, dict):
+        return {}
+    tensors = {key: x for key, x in tree.items() if isinstance(x, torch.Tensor)}
+    return {name: tensors[key] for name, key in model_names(tensors).items()}
+
 
 def model_names(keys):
     """{parameter's name: its key in the file}; {} if there is no NanoWM in it."""
     for prefix in PREFIXES:
         if f'{prefix}x_embedder.proj.weight' in keys:
-            return {k[len(prefix):]: k for k in keys if re.match(f'{re.escape(prefix)}(?!{OTHERS})', k)}
+            ours = re.compile(f'{re.escape(prefix)}(?!{OTHERS})')
+            return {key[len(prefix):]: key for key in keys if ours.match(key)}
     return {}
 
 
-def config_of(state, injection=None, causal=None):
-    """The NanoWMConfig of weights {name: tensor}, for square frames. Raises ValueError if they do not tell.
+def check_numbers(state, path):
+    """Weights are finite numbers with a point, and no more of them than the file has room for."""
+    if sum(x.nbytes for x in state.values()) > os.path.getsize(path):
+        raise UserError(f'{path} claims more numbers than it has room for: its tensors share bytes')
+    for name, x in state.items():
+        if x.dtype not in FLOATS:
+            raise UserError(f'{path}: {name} is of type {x.dtype}; expected floating-point numbers')
+        if not torch.isfinite(x).all():
+            raise UserError(f'{path}: {name} is not finite, so the run that wrote it had diverged; '
+                            'use an earlier checkpoint')
 
-    Tensors look the same with injection additive and adaln_fuse, and causal or not: None is additive, and causal.
-    """
-    marks = {'action_adaLN': 'adaln', 'film': 'film', 'cross_attn': 'cross_attention'}
-    seen = (name for mark, name in marks.items() if any(mark in k for k in state))
+
+def shape_of(state):
+    """(fields of the config that tensors tell, number of patches). Raises UserError."""
     try:
-        D, channels, patch_size, _ = state['x_embedder.proj.weight'].shape
-        action = state.get('action_embedder.mlp.0.weight', torch.empty(D, 0))
-        return NanoWMConfig(
-            input_size=math.isqrt(state['pos_embed'].shape[1]) * patch_size, patch_size=patch_size,
-            in_channels=channels, hidden_size=D, num_heads=D // len(state['blocks.0.attn.q_norm.weight']),
-            depth=len({k.split('.')[1] for k in state if k.startswith('blocks.')}), action_dim=action.shape[1],
-            num_frames=state['temp_embed'].shape[1], injection=injection or next(seen, 'additive'),
-            causal=causal is not False)
+        hidden_size, channels, patch_size, _ = state['x_embedder.proj.weight'].shape
+        depth = len({name.split('.')[1] for name in state if name.startswith('blocks.')})
+        if depth > MAX_DEPTH:
+            raise ValueError(f'{depth:,} blocks')
+        action_dim = 0
+        if 'action_embedder.mlp.0.weight' in state:
+            action_dim = state['action_embedder.mlp.0.weight'].shape[1]
+        shape = dict(
+            patch_size=patch_size,
+            in_channels=channels,
+            hidden_size=hidden_size,
+            depth=depth,
+            num_heads=hidden_size // len(state['blocks.0.attn.q_norm.weight']),
+            num_frames=state['temp_embed'].shape[1],
+            action_dim=action_dim)
+        return shape, state['pos_embed'].shape[1]
     except KeyError as e:
-        raise ValueError(f'{e} is missing, so the shape of the model is not known') from e
+        raise UserError(f'{e} is missing, so the shape of the model is not known') from e
+    except (ValueError, TypeError, IndexError, ZeroDivisionError) as e:
+        raise UserError(f'no NanoWM has tensors of these shapes ({e})') from e
 
 
-class Inert(dict):
-    """What every class and function that a pickle names becomes: it keeps items given to a dict, and does nothing."""
-    __hash__ = object.__hash__
-    __init__ = __setstate__ = append = extend = add = lambda *_, **__: None
-    __call__ = lambda *_, **__: Inert()  # noqa: E731
+def check_config(config, state, path):
+    """The config in a file's metadata is only a claim until its tensors say the same."""
+    try:
+        shape, patches = shape_of(state)
+    except UserError as e:
+        raise UserError(f'{path}: {e}') from e
+    shape['input_size'] = config.input_size
+    if math.prod(config.grid) != patches:
+        shape['input_size'] = f'{patches} patches'
+    for key, value in shape.items():
+        claim = getattr(config, key)
+        if repr(claim) != repr(value):
+            raise UserError(f'{path}: its metadata says {key}={claim}, but its tensors {value}')
 
 
-Tensor = namedtuple('Tensor', 'storage size stride offset')  # of a pickle, not read yet
+def config_of(state, injection=None, causal=None):
+    """The NanoWMConfig of weights {name: tensor}, for square frames. Raises UserError.
+
+    Tensors look the same with injection additive and adaln_fuse, and causal or not: None is
+    additive, and causal.
+    """
+    shape, patches = shape_of(state)
+    for mark, name in INJECTION_MARKS.items():
+        if any(mark in key for key in state):
+            injection = injection or name
+    return NanoWMConfig(
+        input_size=math.isqrt(patches) * shape['patch_size'],
+        injection=injection or 'additive',
+        causal=causal is not False,
+        **shape)
 
 
-class Unpickler(pickle.Unpickler):
-    """Reads what torch.save pickled; neither imports nor calls anything that the file names."""
-    dtypes = {'Float': torch.float32, 'Half': torch.float16, 'BFloat16': torch.bfloat16, 'Double': torch.float64,
-              'Long': torch.int64, 'Int': torch.int32, 'Short': torch.int16, 'Char': torch.int8, 'Byte': torch.uint8,
-              'Bool': torch.bool}
+# -----------------------------------------------------------------------------
+# into a model
 
-    def find_class(self, module, name):
-        if module == 'torch' and name.removesuffix('Storage') in self.dtypes:
-            return self.dtypes[name.removesuffix('Storage')]
-        if module == 'torch._utils' and name == '_rebuild_tensor_v2':
-            return lambda storage, offset, size, stride, *_: Tensor(storage, size, stride, offset)
-        if module == 'torch._utils' and name.startswith('_rebuild_parameter'):
-            return lambda tensor, *_: tensor
-        return Inert if name != 'getattr' else lambda *_: Inert  # it is how a class inside a class is found
+def load_model(path, device='cpu', injection=None, causal=None):
+    """(model, meta) of a checkpoint: in eval mode, with the EMA weights if it is ours.
 
-    def persistent_load(self, pid):
-        return pid[1:3]  # dtype and key of a storage
+    injection and causal help config_of with files that train.py did not write. Raises UserError.
+    """
+    state, config, meta = read_checkpoint(path)
+    try:
+        config = config or config_of(state, injection, causal)
+        with torch.device('meta'):  # shapes only
+            sketch = NanoWM(config)
+    except (ValueError, RuntimeError) as e:
+        raise UserError(f'{path}: {e}') from e
+    check_fit(sketch, state, path)
+    model = NanoWM(config)
+    load_weights(model, state, path)
+    return model.to(device).eval(), meta
 
 
-def read_pickle(path):
-    """The model's {name: tensor} in a file of torch.save; what else it holds is not read."""
-    with zipfile.ZipFile(path) as archive:
-        index = next(n for n in archive.namelist() if n.endswith('/data.pkl'))
-        tree = Unpickler(archive.open(index)).load()
-        tree = tree.get('state_dict') or tree.get('model') or tree
-        tensors = {k: v for k, v in tree.items() if isinstance(k, str) and isinstance(v, Tensor)}
+def load_weights(model, state, path):
+    """Put {name: whole tensor} into a model, be it sharded or not. Raises UserError."""
+    check_fit(model, state, path)
+    set_model_state_dict(model, state, options=StateDictOptions(full_state_dict=True))
 
-        @functools.cache  # tensors may share a storage
-        def read(dtype, key):
-            return torch.frombuffer(bytearray(archive.read(index.removesuffix('.pkl') + f'/{key}')), dtype=dtype)
 
-        names = model_names(tensors)
-        return {name: read(*tensors[k].storage).as_strided(*tensors[k][1:]) for name, k in names.items()}
+def check_fit(model, state, path):
+    """Raises UserError that names the tensors whose shapes are not the model's."""
+    want = {name: tuple(x.shape) for name, x in model.state_dict().items()}
+    have = {name: tuple(x.shape) for name, x in state.items()}
+    wrong = [f'{name} is {have.get(name, "missing")}, not {want.get(name, "expected")}'
+             for name in sorted({*want, *have}) if want.get(name) != have.get(name)]
+    if len(wrong) > 10:
+        wrong[9:] = [f'{wrong[9]} and {len(wrong) - 10} more']
+    if wrong:
+        raise UserError(f'{path} does not fit this model: {"; ".join(wrong)}')
+
+
+# -----------------------------------------------------------------------------
+# writing, and going on
+
+def save_checkpoint(path, state, config, **meta):
+    """Write {name: tensor} with the model's config and JSON-able meta to `path`, atomically.
+
+    Raises UserError if the disk is full or read-only.
+    """
+    state = {name: x.detach().cpu().contiguous() for name, x in state.items()}
+    info = {'config': json.dumps(asdict(config)), 'meta': json.dumps(meta)}
+    for stray in glob.glob(os.path.join(glob.escape(os.path.dirname(path)), '*.safetensors.tmp')):
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(stray)  # of a run that was killed while it wrote
+    tmp = f'{path}.tmp'  # a kill leaves the old file or the new
+    try:
+        save_file(state, tmp, metadata=info)
+        with open(tmp, 'rb') as f:
+            os.fsync(f.fileno())
+        os.chmod(tmp, 0o644)  # save_file leaves it readable by its owner only
+        os.replace(tmp, path)
+    except (OSError, SafetensorError) as e:
+        with contextlib.suppress(OSError):
+            os.remove(tmp)
+        raise UserError(f'cannot write {path}: {e}; what was saved before is still whole') from e
+
+
+def trainable(model):
+    """Names of the parameters that the optimizer has, in its order."""
+    return [name for name, p in model.named_parameters() if p.requires_grad]
+
+
+def training_state(model, ema, optimizer):
+    """{name: tensor} for save_checkpoint on the first process, {} on the others.
+
+    Every process has to call it: they put together what FSDP has cut. The weights to use (`ema`, or
+    the model itself in its place) go under their own names; with an EMA, the model's under
+    "train.model."; and what the optimizer keeps for parameter i, under "train.adam.i.".
+    """
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    state = dict(get_model_state_dict(ema, options=options))
+    if ema is not model:
+        for name, x in get_model_state_dict(model, options=options).items():
+            state[f'train.model.{name}'] = x
+    moments = get_optimizer_state_dict(model, optimizer, options=options).get('state', {})
+    for i, name in enumerate(trainable(model)):
+        for key, x in moments.get(name, {}).items():
+            state[f'train.adam.{i}.{key}'] = x
+    return state
+
+
+def restore_training(path, model, ema, optimizer):
+    """Put training_state's tensors back where they were, sharded or not; returns the file's meta.
+
+    Raises UserError.
+    """
+    state, _, meta = read_checkpoint(path, train=True)
+    prefix = 'train.model.'
+    average = {name: x for name, x in state.items() if not name.startswith('train.')}
+    weights = {name[len(prefix):]: x for name, x in state.items() if name.startswith(prefix)}
+    load_weights(ema, average, path)
+    load_weights(model, weights or average, path)
+
+    names, shapes = trainable(model), {name: p.shape for name, p in model.named_parameters()}
+    moments = {name: {} for name in names}
+    for key, x in state.items():
+        match = re.fullmatch(r'train\.adam\.(\d+)\.(\w+)', key)
+        if match:
+            i, kind = int(match[1]), match[2]
+            if i >= len(names) or x.ndim and x.shape != shapes[names[i]]:
+                raise UserError(f'{path} does not fit this optimizer: {key} is {tuple(x.shape)}')
+            moments[names[i]][kind] = x
+    if any(moments.values()):
+        restored = get_optimizer_state_dict(model, optimizer)  # its settings stay as they are
+        restored['state'] = moments
+        set_optimizer_state_dict(model, optimizer, restored, options=StateDictOptions(full_state_dict=True))
+    return meta
 
 
 # -----------------------------------------------------------------------------
 # finding a file
 
 def choose(names, suffixes=SUFFIXES):
-    """The file to use of many: of the first suffix that occurs, the one called latest or last, else the one with the
-    largest number (of steps) in its name; '' if there is none."""
+    """The file to use of many: of the first suffix that occurs, the one called latest or last, else
+    the one with the largest number (of steps) in its name; '' if there is none.
+    """
     def rank(name):
         base = os.path.basename(name)
         return bool(re.search('la(te)?st', base)), [int(d) for d in re.findall(r'\d+', base)]
 
-    found = ([n for n in names if n.endswith(suffix)] for suffix in suffixes)
-    return max(next(filter(None, found), ['']), key=rank)
+    for suffix in suffixes:
+        found = [name for name in names if name.endswith(suffix)]
+        if found:
+            return max(found, key=rank)
+    return ''
 
 
 def find(path):
-    """The weights file that a file, a folder or a hub id means. Raises FileNotFoundError."""
+    """The weights file that a file, a folder or a hub id means. Raises UserError."""
     if os.path.isdir(path):
-        if name := choose(glob.glob('**', root_dir=path, recursive=True)):
-            name == 'latest.safetensors' or print(f'{path}: using {name}')
+        name = choose(glob.glob('**', root_dir=path, recursive=True))
+        if name:
+            if name != 'latest.safetensors':
+                print(f'{path}: using {name}')
             return os.path.join(path, name)
     elif os.path.exists(path):
         return path
     elif re.fullmatch(r'(?!out/)[\w-][\w.-]*/[\w.-]+', path) and not path.endswith(SUFFIXES):
         return hub_file(path)
-    raise FileNotFoundError(f'no checkpoint at {path}: train one with python train.py, or check --ckpt')
+    raise UserError(f'no checkpoint at {path}: train one with python train.py, or check --ckpt')
 
 
 def hub_file(repo_id, suffixes=SUFFIXES):
-    """Local path of the file that `choose` takes from a Hugging Face repository; ends with one line if it cannot."""
+    """Local path of what `choose` takes from a Hugging Face repository. Raises UserError."""
     try:
         import huggingface_hub as hub
     except ImportError as e:
-        raise SystemExit(f'{repo_id} is not here; to ask the Hugging Face hub: pip install huggingface_hub') from e
+        raise UserError(f'{repo_id} is not here; to ask the Hugging Face hub: '
+                        'pip install huggingface_hub') from e
     try:
-        if not (name := choose([f.rfilename for f in hub.model_info(repo_id).siblings], suffixes)):
+        name = choose([file.rfilename for file in hub.model_info(repo_id).siblings], suffixes)
+        if not name:
             raise FileNotFoundError(f'none of its files ends in {", ".join(suffixes)}')
         print(f'{repo_id}: using {name}')
         return hub.hf_hub_download(repo_id, name)
     except Exception as e:  # its own, the HTTP library's or the system's
         why = str(e).strip().partition('\n')[0] or type(e).__name__
-        raise SystemExit(f'{repo_id} is neither here nor to be had from the Hugging Face hub: {why}') from e
+        raise UserError(f'{repo_id} is neither here nor to be had from the Hugging Face hub: '
+                        f'{why}') from e

@@ -1,75 +1,172 @@
-"""Settings: the defaults at the top of a script, then config files, then --key=value; later wins.
+"""Settings: the defaults at the top of a script, then config files, then --key=value; the later wins.
 
-    python train.py config/wall.py --pred_name=v --batch_size=32
+A script lists its settings as plain globals between a line "# settings ---" and a line of dashes, each with a comment:
 
-A script lists its settings as plain globals with a comment beside each, between a line "# settings ---" and the call
-`configure(globals())`, which puts the final values into those globals and returns them as a dict. A default of None
-needs an annotation (`x: str = None`) and means "not set". Any mistake ends the program with one line that names the
-key, where it came from and the cure.
+    # settings ---------------------------------------------------
+    batch_size = 8  # clips per step [>= 1]
+    noise_schedule: str = None  # None is not set, and needs the annotation
+    # ------------------------------------------------------------
+    config = configure(globals())
+
+`configure` puts the final values into those globals and returns them as a dict. --help prints the comments; a bound at
+the end of one, as [>= 1], [> 0] or [0 to 1], is what the value is checked against.
 """
 import ast
 import difflib
 import glob
+import operator
 import os
 import re
 import runpy
 import sys
+from dataclasses import dataclass
 from types import ModuleType
+from typing import Any
 
-SETTING = re.compile(r'\s*(\w+)(?:: (\w+))? = (.+?)(?:  # (.*))?$')
+BLOCK = re.compile(r'# settings -+\n(.*?)\n *# -{20,}', re.DOTALL)
+SETTING = re.compile(r' *(\w+)(?:: (\w+))? = (.+?)(?:  # (.*))?')
+BOUND = re.compile(r'\[(>=|>|<=|<) (\S+)\]$|\[(\S+) to (\S+)\]$')
+COMPARE = {'>=': operator.ge, '>': operator.gt, '<=': operator.le, '<': operator.lt}
 
 
-def configure(namespace, argv=None, strict=True):
-    """Apply sys.argv (or argv) to the settings of the script whose globals() this is; returns {key: value}.
+class UserError(ValueError):
+    """A mistake of the user's, in one line: what was given, what was expected, how to mend it.
 
-    strict=False passes over what a config file says to other scripts.
+    Scripts print the line and exit with 1; a notebook can catch it.
     """
-    argv = sys.argv[1:] if argv is None else argv
+
+
+def print_one_line(kind, error, trace):
+    """For sys.excepthook: no traceback for a mistake of the user's, or for Ctrl-C."""
+    if issubclass(kind, UserError):
+        print(error, file=sys.stderr)
+    elif issubclass(kind, KeyboardInterrupt):
+        print('interrupted', file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, trace)
+
+
+@dataclass
+class Setting:
+    """One line of a script's settings."""
+    default: Any
+    type: str  # int, float, str, bool or tuple
+    text: str  # the default as it is written
+    comment: str
+    heading: str  # the comment line it stands under
+
+    def accepts(self, value):
+        if value is None:
+            return self.default is None
+        return type(value).__name__ == self.type
+
+    def within_bounds(self, value):
+        bound = BOUND.search(self.comment)
+        if not bound or value is None:
+            return True
+        sign, limit, low, high = bound.groups()
+        if sign:
+            return COMPARE[sign](value, float(limit))
+        return float(low) <= value <= float(high)
+
+
+def read_settings(namespace):
+    """{key: Setting} of the script or module with these globals."""
     with open(namespace['__file__']) as f:
-        lines = re.search(r'# settings -.*?configure\(globals', f.read(), re.DOTALL)[0].splitlines()
-    found = {i: m for i, line in enumerate(lines) if (m := SETTING.fullmatch(line)) and m[1] in namespace}
-    keys = {m[1]: m[2] or type(namespace[m[1]]).__name__ for m in found.values()}  # {key: name of its type}
+        block = BLOCK.search(f.read())
+    settings, heading = {}, ''
+    for line in block[1].splitlines():
+        match = SETTING.fullmatch(line)
+        if match:
+            key, annotation, text, comment = match.groups()
+            default = namespace[key]
+            kind = annotation or type(default).__name__
+            settings[key] = Setting(default, kind, text, comment or '', heading)
+        elif line.strip().startswith('#'):
+            heading = line.strip()
+    return settings
+
+
+def print_help(namespace, settings):
+    print(namespace['__doc__'].strip())
+    print('\nSettings (--key=value):')
+    heading = ''
+    for key, setting in settings.items():
+        if setting.heading != heading:
+            heading = setting.heading
+            print(f'\n  {heading}')
+        option = f'--{key}={setting.text}'
+        print(f'    {option:<36} {setting.comment}')
+
+
+def parse(text, setting):
+    """The value that --key=text means; text itself where it is no Python literal."""
+    if setting.type == 'str':
+        return None if setting.default is None and text.lower() == 'none' else text
+    if text.lower() in ('true', 'false', 'none'):
+        text = text.capitalize()
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+
+
+def checked(key, value, settings, source):
+    """The value as it will be used. Raises UserError for an unknown key, a wrong type or a value out of bounds."""
+    if key not in settings:
+        nearest = difflib.get_close_matches(key, settings, n=1, cutoff=0)[0]
+        raise UserError(f'{source}: unknown key {key!r}; did you mean {nearest!r}? (--help lists them all)')
+    setting = settings[key]
+    if setting.type == 'float' and type(value) is int:
+        value = float(value)
+    if not setting.accepts(value):
+        raise UserError(f'{source}: {key}={value!r} is of the wrong type; '
+                        f'expected {setting.type}, like {setting.default!r}')
+    if not setting.within_bounds(value):
+        raise UserError(f'{source}: {key}={value!r}: expected {BOUND.search(setting.comment)[0][1:-1]}')
+    return value
+
+
+def run_config_file(path):
+    """{key: value} that a config file assigns; a config file may start from another one by importing it."""
+    if not os.path.exists(path):
+        there = ', '.join(sorted(glob.glob('config/**/*.py', recursive=True)))
+        raise UserError(f'{path}: no such config file; there are {there}')
+    try:
+        values = runpy.run_path(path)
+    except Exception as e:
+        raise UserError(f'{path}: {type(e).__name__}: {e}') from e
+    return {k: v for k, v in values.items() if not k.startswith('_') and not isinstance(v, ModuleType)}
+
+
+def configure(namespace, shared=None, argv=None, strict=True):
+    """Apply the command line to the settings of the script whose globals() this is; returns {key: value}.
+
+    shared: a module with settings of its own, which the script has too: they are in the returned dict only.
+    argv: instead of sys.argv[1:]. strict=False passes over what config files say to other scripts.
+    """
+    sys.excepthook = print_one_line
+    argv = sys.argv[1:] if argv is None else argv
+    settings = read_settings(namespace)
+    own = list(settings)
+    if shared:
+        settings |= read_settings(vars(shared))
     if '--help' in argv or '-h' in argv:
-        print(namespace['__doc__'].strip() + '\n\nSettings (--key=value):')
-        for i, m in found.items():
-            if lines[i - 1].startswith('# ') and '---' not in lines[i - 1]:
-                print(f'\n  {lines[i - 1]}')
-            print(f'    --{m[1] + "=" + m[3]:<34} {m[4] or ""}')
+        print_help(namespace, settings)
         sys.exit()
 
-    def put(key, value, source, parse=False):
-        if key not in keys:
-            near = difflib.get_close_matches(key, keys, n=1, cutoff=0)[0]
-            sys.exit(f'{source}: unknown key {key!r}; did you mean {near!r}? (--help lists them all)')
-        kind, given = keys[key], value
-        if parse and value.lower() == 'none' and namespace[key] is None:
-            value = None
-        elif parse and kind != 'str':
-            try:
-                value = ast.literal_eval(value.capitalize() if value.lower() in ('true', 'false') else value)
-            except (ValueError, SyntaxError):
-                pass
-        if kind == 'float' and type(value) is int:
-            value = float(value)
-        if type(value).__name__ != kind and not (value is None and namespace[key] is None):
-            sys.exit(f'{source}: {key}={given!r} is of the wrong type; expected {kind}, like {namespace[key]!r}')
-        values[key] = value
-
-    values = {key: namespace[key] for key in keys}
+    values = {key: setting.default for key, setting in settings.items()}
     for arg in argv:
-        if m := re.fullmatch(r'--(\w+)=(.*)', arg, re.DOTALL):
-            put(m[1], m[2], 'command line', parse=True)
+        option = re.fullmatch(r'--(\w+)=(.*)', arg, re.DOTALL)
+        if option:
+            key, text = option.groups()
+            value = parse(text, settings[key]) if key in settings else text
+            values[key] = checked(key, value, settings, 'command line')
         elif arg.endswith('.py'):
-            if not os.path.exists(arg):
-                sys.exit(f'{arg}: no such config file; there are {", ".join(sorted(glob.glob("config/*.py")))}')
-            try:
-                settings = runpy.run_path(arg)
-            except Exception as e:
-                sys.exit(f'{arg}: {type(e).__name__}: {e}')
-            for key, value in settings.items():
-                if not key.startswith('_') and not isinstance(value, ModuleType) and (strict or key in keys):
-                    put(key, value, arg)
+            for key, value in run_config_file(arg).items():
+                if strict or key in settings:
+                    values[key] = checked(key, value, settings, arg)
         else:
-            sys.exit(f'{arg!r}: expected a config file (*.py) or --key=value; --help lists the keys')
-    namespace.update(values)
+            raise UserError(f'{arg!r}: expected a config file (*.py) or --key=value; --help lists the keys')
+    namespace.update({key: values[key] for key in own})
     return values

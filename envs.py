@@ -1,19 +1,32 @@
-"""Two worlds to learn: `wall`, ours and plain numpy, and `pusht`, the real PushT simulator.
+"""Worlds to learn: `wall`, ours and plain numpy, and `pusht`, the real PushT simulator.
 
-Both have one small interface:
+A world is a class with a row in WORLDS, at the end; nothing else knows its name. What it says of itself:
+
+    about                   in a few words
+    steps, episodes         how long an episode is, and how many are collected by default
+    image_size              pixels along a side, by default
+    action_dim              numbers in an action
+    KEYS                    {key: action [action_dim]} for whoever plays it; keys held together add up
+
+and what it does:
 
     reset(seed)             start an episode
-    step(action)            action [2] float32 -> True if there was contact (with the wall, or with the block)
+    step(action)            action [action_dim] float32 -> True if there was contact (with the wall, or with the block)
     render(size)            uint8 [3, size, size]
     get_state() / set_state(state)      float64 vector; what given actions lead to depends on it alone
     explore(rng)            the scripted policy's next action
+
+and, for plan.py:
+
+    distance(state, goal)   between two states; the goal is reached below 1
+    random_goal(rng)        a state to reach from where the episode is
 """
 import os
 
 import numpy as np
 from PIL import Image
 
-EPISODE_STEPS = {'wall': 60, 'pusht': 200}
+from configurator import UserError
 
 
 class Wall:
@@ -22,13 +35,22 @@ class Wall:
     Positions are (x, y) in [0, 1], y down. An action is a displacement of at most MAX_STEP along each axis; wall and
     border stop it, x first, then y.
     """
+    about = 'an agent in two rooms, and a door between them'
+    steps, episodes = 60, 2000
+    image_size = 32
+    action_dim = 2
+    KEYS = {'ArrowLeft': [-0.1, 0], 'ArrowRight': [0.1, 0], 'ArrowUp': [0, -0.1], 'ArrowDown': [0, 0.1]}
+
     RADIUS, HALF_WALL, HALF_DOOR, MAX_STEP = 0.1, 0.04, 0.16, 0.14
+    NEAR = 0.07  # of the room counts as reached, like DINO-WM's 4.5 of 65
 
     def reset(self, seed):
         rng = np.random.default_rng(seed)
         self.door = rng.uniform(0.2, 0.8)
-        x = rng.uniform(self.RADIUS, 0.5 - self.HALF_WALL - self.RADIUS)
-        self.pos = np.array([x if rng.random() < 0.5 else 1 - x, rng.uniform(self.RADIUS, 1 - self.RADIUS)])
+        x = rng.uniform(self.RADIUS, 0.5 - self.HALF_WALL - self.RADIUS)  # in the left room
+        if rng.random() >= 0.5:
+            x = 1 - x
+        self.pos = np.array([x, rng.uniform(self.RADIUS, 1 - self.RADIUS)])
         self.goal, self.blocked = None, False
 
     def get_state(self):
@@ -39,8 +61,10 @@ class Wall:
         self.goal, self.blocked = None, False
 
     def step(self, action):
-        (x, y), r, gap = self.pos, self.RADIUS, self.HALF_DOOR - self.RADIUS
+        x, y = self.pos
         dx, dy = np.clip(np.asarray(action, dtype=np.float64), -self.MAX_STEP, self.MAX_STEP)
+        r = self.RADIUS
+        gap = self.HALF_DOOR - r  # the agent's room in the door, up and down
         reach = self.HALF_WALL + r  # closer to the middle than this only inside the door
         new_x = np.clip(x + dx, r, 1 - r)
         if abs(y - self.door) > gap and abs(x - 0.5) >= reach:
@@ -70,16 +94,35 @@ class Wall:
 
     def explore(self, rng):
         """Head for a goal, and for a new one when there, often when blocked; every other goal is beyond the door."""
-        if self.goal is None or np.abs(self.goal - self.pos).max() < 0.03 or rng.random() < 0.4 * self.blocked + 0.03:
-            side = 1 if self.pos[0] < 0.5 else -1
-            through = np.array([0.5 + side * rng.uniform(0.15, 0.4), self.door])
-            self.goal = through if rng.random() < 0.5 else rng.uniform(0, 1, 2)
+        arrived = self.goal is None or np.abs(self.goal - self.pos).max() < 0.03
+        if arrived or rng.random() < 0.4 * self.blocked + 0.03:
+            self.goal = self.choose_goal(rng)
         to = self.goal - self.pos
-        if (self.pos[0] - 0.5) * (self.goal[0] - 0.5) < 0 and self.goal[1] == self.door:
-            lined_up = abs(to[1]) < self.HALF_DOOR - self.RADIUS
-            to = to if lined_up else np.array([0.3 * to[0], to[1]])
+        beyond = (self.pos[0] - 0.5) * (self.goal[0] - 0.5) < 0 and self.goal[1] == self.door
+        if beyond and abs(to[1]) >= self.HALF_DOOR - self.RADIUS:  # not in line with the door yet
+            to[0] *= 0.3
         speed = self.MAX_STEP * rng.uniform(0.5, 1) / max(np.abs(to).max(), self.MAX_STEP)
-        return np.clip(to * speed + rng.normal(0, 0.015, 2), -self.MAX_STEP, self.MAX_STEP).astype(np.float32)
+        action = to * speed + rng.normal(0, 0.015, 2)
+        return np.clip(action, -self.MAX_STEP, self.MAX_STEP).astype(np.float32)
+
+    def choose_goal(self, rng):
+        """A place in the other room at the door's height, or any place."""
+        depth = rng.uniform(0.15, 0.4)
+        if self.pos[0] >= 0.5:
+            depth = -depth
+        if rng.random() < 0.5:
+            return np.array([0.5 + depth, self.door])
+        return rng.uniform(0, 1, 2)
+
+    def distance(self, state, goal):
+        return np.hypot(state[0] - goal[0], state[1] - goal[1]) / self.NEAR
+
+    def random_goal(self, rng):
+        """Anywhere in the other room."""
+        x = rng.uniform(self.RADIUS, 0.5 - self.HALF_WALL - self.RADIUS)
+        if self.pos[0] < 0.5:
+            x = 1 - x
+        return np.array([x, rng.uniform(self.RADIUS, 1 - self.RADIUS), self.door])
 
 
 class PushT:
@@ -87,6 +130,11 @@ class PushT:
 
     Positions are in [0, 512]. An action is where the pusher should go, relative to where it is, over 100.
     """
+    about = 'a pusher and a T-shaped block, simulated by gym-pusht'
+    steps, episodes = 200, 1200
+    image_size = 64
+    action_dim = 2
+    KEYS = {'ArrowLeft': [-0.2, 0], 'ArrowRight': [0.2, 0], 'ArrowUp': [0, -0.2], 'ArrowDown': [0, 0.2]}
 
     def __init__(self):
         os.environ.setdefault('SDL_VIDEODRIVER', 'dummy')
@@ -95,14 +143,24 @@ class PushT:
             import gym_pusht  # noqa: F401
             import gymnasium
         except ImportError as e:
-            raise SystemExit(f'pusht needs its simulator: pip install gym-pusht ({e})') from e
+            raise UserError(f'pusht needs its simulator: pip install gym-pusht ({e})') from e
         self.env = gymnasium.make('gym_pusht/PushT-v0', obs_type='state', observation_width=512,
                                   observation_height=512, disable_env_checker=True).unwrapped
 
     def reset(self, seed):
-        rng = np.random.default_rng(seed)
         self.env.reset(seed=int(seed))
-        self.set_state([*rng.uniform(60, 452, 2), 0, 0, *rng.uniform(120, 392, 2), rng.uniform(-np.pi, np.pi), 0, 0, 0])
+        self.set_state(self.random_goal(np.random.default_rng(seed)))
+
+    def random_goal(self, rng):
+        """Pusher and block anywhere, at rest."""
+        pusher, block, angle = rng.uniform(60, 452, 2), rng.uniform(120, 392, 2), rng.uniform(-np.pi, np.pi)
+        return np.array([*pusher, 0, 0, *block, angle, 0, 0, 0])
+
+    def distance(self, state, goal):
+        """As DINO-WM counts it: (pusher, block) within 20 of 512, and the block's angle within 20 degrees."""
+        places = [0, 1, 4, 5]
+        moved = np.linalg.norm(state[places] - goal[places])
+        return max(moved / 20, angle_between(state[6], goal[6]) / np.radians(20))
 
     def get_state(self):
         agent, block = self.env.agent, self.env.block
@@ -129,38 +187,133 @@ class PushT:
         return np.ascontiguousarray(np.asarray(frame).transpose(2, 0, 1))
 
     def explore(self, rng):
-        """Get behind the block, push it some way, choose another way.
-
-        The plan is (direction, offset, steps left to push; None while on the way). Directions lead back to the middle
-        when the block is near a border, the offset from the centre turns it.
-        """
+        """Get behind the block, push it some way, choose another way."""
         agent, block = np.array(self.env.agent.position), self.env.block
         centre = np.array(block.local_to_world(block.center_of_gravity))
         if self.plan is None:
-            home = np.arctan2(*(256 - centre)[::-1]) + rng.normal(0, 0.5)
-            across = np.arctan2(*(centre - agent)[::-1]) + rng.normal(0, 0.8)
-            angle = home if np.abs(centre - 256).max() > 110 else across
-            self.plan = [angle, rng.normal(0, 25), None, rng.uniform(12, 30)]
+            self.plan = self.choose_plan(agent, centre, rng)
         angle, offset, left, speed = self.plan
         ahead = np.array([np.cos(angle), np.sin(angle)])
         aside = np.array([-ahead[1], ahead[0]])
         start = np.clip(centre - 95 * ahead + offset * aside, 20, 492)
-        to = start - agent
-        if left is None and np.hypot(*to) > 20:
-            outward = agent - centre
-            distance = np.hypot(*outward)
-            if (to @ -outward) > 0 and distance < 115:  # the block is in the way: go around it
-                turn = np.array([-outward[1], outward[0]]) / distance
-                to = 40 * (turn if turn @ to > 0 else -turn) + max(0, 105 - distance) * outward / distance
+        if left is None and np.hypot(*(start - agent)) > 20:
+            to = self.way_around(agent, centre, start)
+            limit = max(speed, 45)
         else:
-            self.plan[2] = left = (rng.integers(12, 32) if left is None else left) - 1
+            if left is None:
+                left = rng.integers(12, 32)
+            left -= 1
             to = centre + offset * aside + 60 * ahead - agent
             to = speed * to / max(np.hypot(*to), 1e-6)
-            if left <= 0:
-                self.plan = None
-        limit = max(speed, 45) if left is None else speed
+            limit = speed
+            self.plan = (angle, offset, left, speed) if left > 0 else None
         to = to * min(1, limit / max(np.hypot(*to), 1e-6)) + rng.normal(0, 2, 2)
         return (to / 100).astype(np.float32)
 
+    def choose_plan(self, agent, centre, rng):
+        """(direction of the push, its offset from the block's centre, steps left of it, speed).
 
-WORLDS = {'wall': Wall, 'pusht': PushT}
+        The offset turns the block. The steps are None while the pusher is on its way to where the push starts.
+        """
+        home = np.arctan2(*(256 - centre)[::-1]) + rng.normal(0, 0.5)
+        across = np.arctan2(*(centre - agent)[::-1]) + rng.normal(0, 0.8)
+        near_border = np.abs(centre - 256).max() > 110
+        return home if near_border else across, rng.normal(0, 25), None, rng.uniform(12, 30)
+
+    def way_around(self, agent, centre, goal):
+        """The direction to the goal, or around the block where that is in the way."""
+        outward = agent - centre
+        distance = np.hypot(*outward)
+        to = goal - agent
+        if to @ outward >= 0 or distance >= 115:
+            return to
+        turn = np.array([-outward[1], outward[0]]) / distance
+        if turn @ to <= 0:
+            turn = -turn
+        return 40 * turn + max(0, 105 - distance) * outward / distance
+
+
+def angle_between(a, b):
+    """Radians, from 0 to pi."""
+    return abs((a - b + np.pi) % (2 * np.pi) - np.pi)
+
+
+class StableWorld:
+    """A simulator of stable-worldmodel (MIT), whose own planner can then judge what we train on it: see judge.py.
+
+    Pictures are made smaller as its World makes them, so that its pictures and ours are the same.
+    """
+    steps, episodes = 100, 500
+    image_size = 64
+    action_dim = 2
+
+    def __init__(self):
+        os.environ.setdefault('SDL_VIDEODRIVER', 'dummy')
+        try:
+            import gymnasium
+            import stable_worldmodel  # noqa: F401
+        except ImportError as e:
+            raise UserError(f'{self.name} needs its simulator: pip install stable-worldmodel==0.1.1 '
+                            f'opencv-python-headless imageio pymunk pygame shapely ({e})') from e
+        self.env = gymnasium.make(self.name, disable_env_checker=True).unwrapped
+
+    def reset(self, seed):
+        self.env.reset(seed=int(seed))
+
+    def step(self, action):
+        self.env.step(np.asarray(action, dtype=np.float32))
+        return False
+
+    def render(self, size):
+        frame = Image.fromarray(self.env.render()).resize((size, size), Image.BILINEAR)
+        return np.ascontiguousarray(np.asarray(frame).transpose(2, 0, 1))
+
+
+class TwoRoom(StableWorld):
+    """Two rooms and a door that is always at the same place. A state is the agent's (x, y) in [0, 224], y down.
+
+    An action is a direction and a speed, of at most 1 along each axis, which is 5 pixels.
+    """
+    about = 'two rooms, simulated by stable-worldmodel'
+    name = 'swm/TwoRoom-v1'
+
+    def get_state(self):
+        return self.env.agent_position.numpy().astype(np.float64)
+
+    def set_state(self, state):
+        self.env._set_state(np.asarray(state))
+
+    def explore(self, rng):
+        """Its expert's way to a target, and to another when there, with noise: there is more than straight lines."""
+        from stable_worldmodel.envs.two_room.expert_policy import ExpertPolicy
+        arrived = self.distance(self.get_state(), self.env.target_position.numpy()) < 0.5
+        if arrived or rng.random() < 0.02:
+            target = self.random_goal(rng)
+            if rng.random() < 0.5:
+                target[0] = 224 - target[0]  # in this room
+            self.env._set_goal_state(target)
+        expert = ExpertPolicy()
+        expert.set_env(self.env)
+        info = dict(state=self.get_state(), goal_state=self.env.target_position.numpy())
+        action = expert.get_action(info) * rng.uniform(0.5, 1) + rng.normal(0, 0.4, 2)
+        return np.clip(action, -1, 1).astype(np.float32)
+
+    def distance(self, state, goal):
+        return np.hypot(*(state - goal)) / 16
+
+    def random_goal(self, rng):
+        """Anywhere in the other room."""
+        x = rng.uniform(25, 95)
+        if self.get_state()[0] < self.env.WALL_CENTER:
+            x = 224 - x
+        return np.array([x, rng.uniform(25, 199)])
+
+
+WORLDS = {'wall': Wall, 'pusht': PushT, 'two_room': TwoRoom}
+
+
+def make_world(name):
+    """A world, ready for reset. Raises UserError for an unknown name, or for a simulator that is not installed."""
+    if name not in WORLDS:
+        raise UserError(f'{name!r}: no such world; expected one of {", ".join(WORLDS)}')
+    return WORLDS[name]()

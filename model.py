@@ -4,16 +4,18 @@ Blocks alternate between space (even: attention among the patches of one frame) 
 frames of one patch position, causal). The noise level and the action reach every block once per frame, and are
 broadcast over that frame's patches. Read `NanoWM.forward` first, then `Block`, then `Attention`.
 
+Shapes: B clips, F frames, P patches of a frame, D hidden size, d = D / heads, A numbers of an action.
 DiT: Peebles & Xie 2023 (arXiv 2212.09748). Diffusion forcing: Chen et al. 2024 (arXiv 2407.01392).
 """
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-INJECTIONS = ('additive', 'adaln', 'adaln_fuse', 'film', 'cross_attention')
+from configurator import UserError
+
 SIZES = {  # B/2 in the tables is size B with patch_size 2
     'S': dict(depth=12, hidden_size=384, num_heads=6),
     'B': dict(depth=12, hidden_size=768, num_heads=12),
@@ -31,22 +33,23 @@ class NanoWMConfig:
     hidden_size: int = 768
     depth: int = 12  # blocks, spatial and temporal together
     num_heads: int = 12
-    num_frames: int = 4  # the longest clip the model sees at once
+    num_frames: int = 4  # the window: the longest clip the model sees at once
     action_dim: int = 7  # numbers per frame; 0 for a model without actions
     injection: str = 'additive'  # how the action enters: one of INJECTIONS
     causal: bool = True  # a frame sees itself and the past only
+    zero_cross_gate: bool = False  # cross_attention as the reference begins it, which never hears an action
 
     def __post_init__(self):
-        if self.depth < 2:
-            raise ValueError(f'depth={self.depth}: expected 2 or more, a block for space and one for time')
         size = self.input_size
         self.input_size = (size, size) if isinstance(size, int) else tuple(size)
+        if self.depth < 2:
+            raise UserError(f'depth={self.depth}: expected 2 or more, a block for space and one for time')
         if self.injection not in INJECTIONS:
-            raise ValueError(f'injection={self.injection!r}: expected one of {", ".join(INJECTIONS)}')
+            raise UserError(f'injection={self.injection!r}: expected one of {", ".join(INJECTIONS)}')
         if any(s % self.patch_size for s in self.input_size):
-            raise ValueError(f'input_size={self.input_size} does not divide into patches of {self.patch_size}')
+            raise UserError(f'input_size={self.input_size} does not divide into patches of {self.patch_size}')
         if self.hidden_size % (4 * self.num_heads):
-            raise ValueError(f'hidden_size={self.hidden_size} must be a multiple of 4 * num_heads={4 * self.num_heads}')
+            raise UserError(f'hidden_size={self.hidden_size} must be a multiple of 4 * num_heads={4 * self.num_heads}')
 
     @property
     def grid(self):
@@ -55,99 +58,32 @@ class NanoWMConfig:
 
 
 # -----------------------------------------------------------------------------
-# rotary position: rotate pair i of a head by position * frequency_i, so that q.k depends on distances only
-
-def rope_angles(positions, num_freqs):
-    """Angles [len(positions), num_freqs] of positions at frequencies 10000^(-i/num_freqs) (Su et al. 2021)."""
-    return positions[:, None].float() * 10000 ** (-torch.arange(num_freqs) / num_freqs)
-
-
-def rope_tables(angles):
-    """(cos, sin) [L, d] for `rotate` from angles [L, d/2]; the first half of sin is negated."""
-    return angles.cos().repeat(1, 2), torch.cat([-angles.sin(), angles.sin()], dim=1)
-
-
-def rotate(x, cos, sin):
-    """Rotate x [..., d] by tables that broadcast to it; the pairs are the first half of d with the second half."""
-    return torch.addcmul(x * cos.to(x.dtype), x.roll(x.shape[-1] // 2, dims=-1), sin.to(x.dtype))
-
+# small parts
 
 def modulate(x, shift, scale):
     """The adaLN of one frame's patches: x [B,F,P,D] with shift, scale [B,F,1,D]."""
     return x * (1 + scale) + shift
 
 
-# -----------------------------------------------------------------------------
+def norm(x):
+    """LayerNorm without weights: adaLN scales and shifts."""
+    return F.layer_norm(x, x.shape[-1:], eps=1e-6)
+
+
+def modulation(dim, num_chunks):
+    """From a frame's embedding to shifts, scales and gates; it starts at zero (adaLN-Zero)."""
+    return nn.Sequential(nn.SiLU(), ZeroLinear(dim, num_chunks * dim))
+
+
+class ZeroLinear(nn.Linear):
+    """A Linear that NanoWM.init_weights starts at zero: what it gates or outputs is silent at first."""
+
 
 class RMSNorm(nn.RMSNorm):
     """Stays in the dtype of its input under autocast, where the fused kernel wants its weight too."""
 
     def forward(self, x):
         return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
-
-
-class Attention(nn.Module):
-    """Self-attention over the patches of a frame (spatial) or over the frames of a patch position (temporal)."""
-
-    def __init__(self, dim, num_heads):
-        super().__init__()
-        self.num_heads = num_heads
-        self.qkv = nn.Linear(dim, 3 * dim)
-        self.q_norm = RMSNorm(dim // num_heads, eps=1e-6)
-        self.k_norm = RMSNorm(dim // num_heads, eps=1e-6)
-        self.proj = nn.Linear(dim, dim)
-
-    def forward(self, x, rope, temporal, mask=None, cache=None, frame=None, skip=0):
-        """x [B,N,P,D] of N frames -> [B,N-skip,P,D]. mask [N,K] is for time; without a cache: the causal one."""
-        B, N, P, D = x.shape
-        qkv = self.qkv(x).view(B, N, P, 3, self.num_heads, D // self.num_heads)
-        qkv = qkv.float() if x.device.type == 'cpu' else qkv  # attention on a CPU is slower in bf16
-        q, k, v = qkv.unbind(3)  # [B,N,P,heads,d]: views, so nothing is copied until the product
-        q, k = rotate(self.q_norm(q), *rope), rotate(self.k_norm(k), *rope)
-        # the axis attended over goes next to last, everything before the heads is batch
-        q, k, v = (z.permute((0, 2, 3, 1, 4) if temporal else (0, 1, 3, 2, 4)) for z in (q, k, v))
-        if cache:
-            q, mask, (k, v) = q[:, :, :, skip:], mask[skip:], remember(cache[:2], frame, k, v)
-        with torch.autocast('cpu', enabled=False):
-            if temporal and x.device.type == 'cpu':  # thousands of tiny problems: plain products are faster there
-                score = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
-                x = (score if mask is None else score.masked_fill(~mask, -math.inf)).softmax(dim=-1) @ v
-            else:
-                q, k, v = (z.flatten(0, 1) for z in (q, k, v))
-                x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask if cache else None,
-                                                   is_causal=mask is not None and not cache).unflatten(0, (B, -1))
-        return self.proj(x.permute((0, 3, 1, 2, 4) if temporal else (0, 1, 3, 2, 4)).flatten(3))
-
-
-def remember(cache, frame, *new):
-    """Write keys and values [...,n,d] of frames `frame` [n] over their places in the cache; returns all of it."""
-    return [z.index_copy_(-2, frame, x.to(z.dtype)) for z, x in zip(cache, new, strict=True)]
-
-
-class CrossAttention(nn.Module):
-    """Patches ask, actions answer: x [B,F,P,D] attends to the action embeddings a [B,F,D]."""
-
-    def __init__(self, dim, num_heads, temporal):
-        super().__init__()
-        self.num_heads, self.temporal = num_heads, temporal
-        self.q = nn.Linear(dim, dim)
-        self.kv = nn.Linear(dim, 2 * dim)
-        self.proj = nn.Linear(dim, dim)
-        if not temporal:  # one key: its softmax is 1 whatever the query, so q is there only for the checkpoint's names
-            self.q.requires_grad_(False)
-
-    def forward(self, x, a, mask=None, cache=None, frame=None):
-        B, N, P, D = x.shape
-        k, v = self.kv(a).chunk(2, dim=-1)  # [B,F,D], once per frame, shared by all patches
-        if not self.temporal:
-            return self.proj(v)[:, :, None]  # a frame's own action is all there is to see
-        heads = lambda z: z.unflatten(-1, (self.num_heads, D // self.num_heads)).transpose(1, -2)  # noqa: E731
-        q, k, v = heads(self.q(x).flatten(1, 2)), heads(k), heads(v)
-        if cache:
-            k, v = (z.to(q.dtype) for z in remember(cache[2:], frame, k, v))
-        mask = mask if mask is None else mask[-N:].repeat_interleave(P, dim=0)  # [F*P, frames]
-        x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-        return self.proj(x.transpose(1, 2).reshape(B, N, P, D))
 
 
 class SwiGLU(nn.Module):
@@ -161,58 +97,6 @@ class SwiGLU(nn.Module):
         return self.w3(F.silu(self.w1(x)) * self.w2(x))
 
 
-class Block(nn.Module):
-    """Attention and MLP, each shifted, scaled and gated by the frame's noise level (adaLN-Zero)."""
-
-    def __init__(self, config, temporal):
-        super().__init__()
-        D = config.hidden_size
-        self.injection, self.temporal = config.injection, temporal
-        self.attn = Attention(D, config.num_heads)
-        self.mlp = SwiGLU(D, 4 * D)
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(D, 6 * D))
-        if self.injection == 'adaln':
-            self.action_adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(D, 6 * D))
-        elif self.injection == 'film':
-            self.film_modulation = nn.Sequential(nn.SiLU(), nn.Linear(D, 2 * D))
-        elif self.injection == 'cross_attention':
-            self.cross_attn = CrossAttention(D, config.num_heads, temporal)
-            self.cross_gate = nn.Parameter(torch.ones(D))
-
-    def forward(self, x, c, a, rope, mask=None, cache=None, frame=None, skip=0):
-        """x [B,F,P,D] patches, c [B,F,D] noise level, a [B,F,D] action; returns x without its first `skip` frames.
-
-        mask [F,K] (time only) says which of the K frames each frame sees; cache and frame are NanoWM.forward's.
-        """
-        norm = lambda h: F.layer_norm(h, h.shape[-1:], eps=1e-6)  # noqa: E731
-        if self.injection == 'additive':
-            x = x + a[:, :, None]
-        mod = self.adaLN_modulation(c + a if self.injection == 'adaln_fuse' else c)
-        if self.injection == 'adaln':
-            mod = mod + self.action_adaLN_modulation(a)
-        shift, scale = mod[:, :, None].chunk(6, dim=-1)[:2]  # each [B,F,1,D]
-        h = self.attn(modulate(norm(x), shift, scale), rope, self.temporal, mask, cache, frame, skip)
-        x, mod = x[:, skip:], mod[:, skip:]  # the others only had to be seen
-        gate1, shift2, scale2, gate2 = mod[:, :, None].chunk(6, dim=-1)[2:]
-
-        x = x + gate1 * h
-        if self.injection == 'film':
-            gamma, beta = self.film_modulation(a[:, skip:])[:, :, None].chunk(2, dim=-1)
-            x = modulate(x, beta, gamma)
-        x = x + gate2 * self.mlp(modulate(norm(x), shift2, scale2))
-        if self.injection == 'cross_attention':
-            x = x + self.cross_gate * self.cross_attn(norm(x), a, mask, cache, frame)
-        return x
-
-
-class PatchEmbedder(nn.Module):
-    """A convolution; a module of its own for the name that its weights have in checkpoints."""
-
-    def __init__(self, config):
-        super().__init__()
-        self.proj = nn.Conv2d(config.in_channels, config.hidden_size, config.patch_size, stride=config.patch_size)
-
-
 class Embedder(nn.Module):
     """Linear, SiLU, Linear: for the timestep's sinusoids and for the action."""
 
@@ -224,17 +108,281 @@ class Embedder(nn.Module):
         return self.mlp(x)
 
 
-class FinalLayer(nn.Module):
+class PatchEmbedder(nn.Module):
+    """A frame [C,H,W] becomes patches [P,D]: one convolution whose stride is its kernel."""
+
     def __init__(self, config):
         super().__init__()
-        D = config.hidden_size
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(D, 2 * D))
-        self.linear = nn.Linear(D, config.patch_size ** 2 * config.in_channels)
+        p = config.patch_size
+        self.proj = nn.Conv2d(config.in_channels, config.hidden_size, p, stride=p)
+
+    def forward(self, x):
+        B = x.shape[0]
+        x = self.proj(x.flatten(0, 1))  # [B*F, D, rows, cols]
+        return x.flatten(2).transpose(1, 2).unflatten(0, (B, -1))
+
+
+class FinalLayer(nn.Module):
+    """Patches [B,F,P,D] become frames again."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.adaLN_modulation = modulation(config.hidden_size, 2)
+        self.linear = ZeroLinear(config.hidden_size, config.patch_size ** 2 * config.in_channels)
 
     def forward(self, x, c):
         shift, scale = self.adaLN_modulation(c)[:, :, None].chunk(2, dim=-1)
-        return self.linear(modulate(F.layer_norm(x, x.shape[-1:], eps=1e-6), shift, scale))
+        x = self.linear(modulate(norm(x), shift, scale))
+        (rows, cols), p = self.config.grid, self.config.patch_size
+        x = x.unflatten(-1, (p, p, -1)).unflatten(2, (rows, cols))  # [B,F,rows,cols,p,p,C]
+        return x.permute(0, 1, 6, 2, 4, 3, 5).flatten(5, 6).flatten(3, 4)  # [B,F,C,H,W]
 
+
+def sinusoids(t):
+    """Timesteps [B,F] at 128 frequencies, [cos | sin]: [B,F,256]."""
+    frequencies = torch.exp(torch.arange(128, device=t.device) * (-math.log(10000) / 128))
+    angles = t[..., None].float() * frequencies
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
+# -----------------------------------------------------------------------------
+# rotary position: rotate pair i of a head by position * frequency_i, so that q.k depends on distances only
+
+def rope_angles(positions, num_freqs):
+    """Angles [len(positions), num_freqs] of positions at frequencies 10000^(-i/num_freqs) (Su et al. 2021)."""
+    return positions[:, None].float() * 10000 ** (-torch.arange(num_freqs) / num_freqs)
+
+
+def rope_tables(angles):
+    """cos and sin [L,d] for `rotate` from angles [L,d/2]; the first half of sin is negated."""
+    return angles.cos().repeat(1, 2), torch.cat([-angles.sin(), angles.sin()], dim=1)
+
+
+def rotate(x, cos, sin):
+    """Rotate x [...,L,d] by tables [L,d]; the pairs are the first half of d with the second half."""
+    return torch.addcmul(x * cos.to(x.dtype), x.roll(x.shape[-1] // 2, dims=-1), sin.to(x.dtype))
+
+
+# -----------------------------------------------------------------------------
+# attention
+
+@dataclass
+class Axis:
+    """What attention along one axis has to know besides x: space for the patches of a frame, or time."""
+    rope: tuple  # cos and sin [L,d] of the L positions that x has along the axis
+    causal: bool = False  # position i sees positions up to i only
+    # with a cache, x are some frames of a window
+    places: torch.Tensor = None  # [L], which ones
+    mask: torch.Tensor = None  # [L,window], true where a frame sees another; takes the place of causal
+    # for cross-attention
+    actions: torch.Tensor = None  # [B,K,D] embedded, of the first K frames of the window
+
+    def __getitem__(self, part):
+        """The same for a slice of x's frames; with a cache."""
+        cos, sin = self.rope
+        return replace(self, rope=(cos[part], sin[part]), places=self.places[part], mask=self.mask[part])
+
+
+def attend(q, k, v, axis):
+    """softmax(q k' / sqrt(d)) v for q [B,N,heads,L,d] and k, v [B,N,heads,K,d], as the axis lets L see K."""
+    masked = axis.causal or axis.mask is not None
+    if masked and q.device.type == 'cpu':
+        # time on a CPU is thousands of problems of a few frames, where plain products beat the fused kernel
+        mask = axis.mask
+        if mask is None:
+            mask = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool).tril()
+        scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
+        return scores.masked_fill(~mask, -math.inf).softmax(dim=-1) @ v
+    B = len(q)
+    q, k, v = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)  # the fused kernels want four dimensions
+    causal = axis.causal and axis.mask is None
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=axis.mask, is_causal=causal)
+    return out.unflatten(0, (B, -1))
+
+
+class Attention(nn.Module):
+    """Self-attention along the second to last axis of x [B,N,L,D]; the N rows do not see each other."""
+
+    def __init__(self, dim, num_heads):
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.q_norm = RMSNorm(dim // num_heads, eps=1e-6)
+        self.k_norm = RMSNorm(dim // num_heads, eps=1e-6)
+        self.proj = nn.Linear(dim, dim)
+
+    def heads(self, x, parts):
+        """[B,N,L,parts*D] -> as many tensors [B,N,heads,L,d]."""
+        x = x.unflatten(-1, (parts, self.num_heads, -1))
+        if x.device.type == 'cpu':
+            x = x.float()  # attention on a CPU is slower in bf16
+        return x.transpose(2, 4).unbind(3)
+
+    def forward(self, x, axis, cache=None):
+        q, k, v = self.heads(self.qkv(x), 3)
+        q, k = rotate(self.q_norm(q), *axis.rope), rotate(self.k_norm(k), *axis.rope)
+        if cache is not None:
+            k, v = cache.update(axis.places, k, v)
+        with torch.autocast('cpu', enabled=False):
+            x = attend(q, k, v, axis)
+        return self.proj(x.transpose(2, 3).flatten(3))
+
+    def remember(self, x, axis, cache):
+        """Only the keys and values of x, into the cache: for frames whose output nobody needs."""
+        D = x.shape[-1]
+        kv = F.linear(x, self.qkv.weight[D:], self.qkv.bias[D:])
+        k, v = self.heads(kv, 2)
+        cache.update(axis.places, rotate(self.k_norm(k), *axis.rope), v)
+
+
+class CrossAttention(nn.Module):
+    """Patches ask, actions answer. In space there is one action, the frame's own; in time, those up to the frame's."""
+
+    def __init__(self, dim, num_heads, temporal):
+        super().__init__()
+        self.num_heads, self.temporal = num_heads, temporal
+        self.q = nn.Linear(dim, dim)
+        self.kv = nn.Linear(dim, 2 * dim)
+        self.proj = ZeroLinear(dim, dim)
+        if not temporal:
+            self.q.requires_grad_(False)  # the softmax over a single key is 1, whatever the query
+
+    def heads(self, x):
+        """[B,L,D] -> [B,heads,L,d]."""
+        return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+
+    def forward(self, x, a, axis):
+        """x [B,F,P,D], a [B,F,D] the frames' own actions -> [B,F,P,D], or [B,F,1,D] in space."""
+        if not self.temporal:
+            v = self.kv(a).chunk(2, dim=-1)[1]
+            return self.proj(v)[:, :, None]
+        B, N, P, D = x.shape
+        k, v = self.kv(axis.actions).chunk(2, dim=-1)  # [B,K,D], once per frame, shared by all its patches
+        mask = axis.mask
+        if mask is None and axis.causal:
+            mask = torch.ones(N, N, dtype=torch.bool, device=x.device).tril()
+        if mask is not None:
+            mask = mask[:, :k.shape[1]].repeat_interleave(P, dim=0)  # [F*P,K]
+        q = self.heads(self.q(x).flatten(1, 2))
+        x = F.scaled_dot_product_attention(q, self.heads(k), self.heads(v), attn_mask=mask)
+        return self.proj(x.transpose(1, 2).reshape(B, N, P, D))
+
+
+# -----------------------------------------------------------------------------
+# the block, and one kind of it for each way that the action can enter
+
+class Block(nn.Module):
+    """Attention and MLP, each shifted, scaled and gated by the frame's noise level (adaLN-Zero).
+
+    An injection overrides the one of `before`, `modulation`, `between` and `after` where the action comes in.
+    """
+
+    def __init__(self, config, temporal):
+        super().__init__()
+        D = config.hidden_size
+        self.temporal = temporal
+        self.attn = Attention(D, config.num_heads)
+        self.mlp = SwiGLU(D, 4 * D)
+        self.adaLN_modulation = modulation(D, 6)
+
+    def before(self, x, a):
+        return x
+
+    def modulation(self, c, a):
+        return self.adaLN_modulation(c)
+
+    def between(self, x, a):
+        return x
+
+    def after(self, x, a, axis):
+        return x
+
+    def forward(self, x, c, a, axis, cache=None):
+        """x [B,F,P,D] patches, c [B,F,D] noise level, a [B,F,D] action -> [B,F,P,D]."""
+        x = self.before(x, a)
+        six = self.modulation(c, a)[:, :, None].chunk(6, dim=-1)  # each [B,F,1,D]
+        shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = six
+        x = x + gate_attn * self.attention(modulate(norm(x), shift_attn, scale_attn), axis, cache)
+        x = self.between(x, a)
+        x = x + gate_mlp * self.mlp(modulate(norm(x), shift_mlp, scale_mlp))
+        return self.after(x, a, axis)
+
+    def attention(self, x, axis, cache):
+        """Among the patches of each frame, or among the frames of each patch position."""
+        if not self.temporal:
+            return self.attn(x, axis)
+        return self.attn(x.transpose(1, 2), axis, cache).transpose(1, 2)
+
+    def remember(self, x, c, a, axis, cache):
+        """A temporal block's keys and values of x, and no more: for frames whose output nobody needs."""
+        x = self.before(x, a)
+        shift, scale = self.modulation(c, a)[:, :, None].chunk(6, dim=-1)[:2]
+        self.attn.remember(modulate(norm(x), shift, scale).transpose(1, 2), axis, cache)
+
+
+class AdditiveBlock(Block):
+    """The action is added to every patch."""
+
+    def before(self, x, a):
+        return x + a[:, :, None]
+
+
+class AdaLNBlock(Block):
+    """The action has an adaLN of its own, added to the noise level's."""
+
+    def __init__(self, config, temporal):
+        super().__init__(config, temporal)
+        self.action_adaLN_modulation = modulation(config.hidden_size, 6)
+
+    def modulation(self, c, a):
+        return self.adaLN_modulation(c) + self.action_adaLN_modulation(a)
+
+
+class AdaLNFuseBlock(Block):
+    """The action is added to the noise level's embedding, and shares its adaLN."""
+
+    def modulation(self, c, a):
+        return self.adaLN_modulation(c + a)
+
+
+class FiLMBlock(Block):
+    """The action scales and shifts the patches between attention and MLP (Perez et al. 2018)."""
+
+    def __init__(self, config, temporal):
+        super().__init__(config, temporal)
+        self.film_modulation = modulation(config.hidden_size, 2)
+
+    def between(self, x, a):
+        gamma, beta = self.film_modulation(a)[:, :, None].chunk(2, dim=-1)
+        return modulate(x, beta, gamma)
+
+
+class CrossAttentionBlock(Block):
+    """The patches attend to the actions, after the MLP."""
+
+    def __init__(self, config, temporal):
+        super().__init__(config, temporal)
+        self.cross_attn = CrossAttention(config.hidden_size, config.num_heads, temporal)
+        # cross_attn.proj starts at zero: with this gate zero too, each one's gradient is a product with the other's
+        # zero, and neither ever moves
+        gate = torch.zeros if config.zero_cross_gate else torch.ones
+        self.cross_gate = nn.Parameter(gate(config.hidden_size))
+
+    def after(self, x, a, axis):
+        return x + self.cross_gate * self.cross_attn(norm(x), a, axis)
+
+
+INJECTIONS = {
+    'additive': AdditiveBlock,
+    'adaln': AdaLNBlock,
+    'adaln_fuse': AdaLNFuseBlock,
+    'film': FiLMBlock,
+    'cross_attention': CrossAttentionBlock,
+}
+
+
+# -----------------------------------------------------------------------------
 
 class NanoWM(nn.Module):
     """Causal space-time diffusion transformer over clips of frames."""
@@ -242,109 +390,94 @@ class NanoWM(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        D, d, (rows, cols) = config.hidden_size, config.hidden_size // config.num_heads, config.grid
+        D, (rows, cols) = config.hidden_size, config.grid
         self.x_embedder = PatchEmbedder(config)
         self.pos_embed = nn.Parameter(torch.randn(1, rows * cols, D) * 0.02)
         self.temp_embed = nn.Parameter(torch.randn(1, config.num_frames, D) * 0.02)
         self.t_embedder = Embedder(256, D)
         if config.action_dim:
             self.action_embedder = Embedder(config.action_dim, D)
-        self.blocks = nn.ModuleList(Block(config, temporal=i % 2 == 1) for i in range(config.depth))
+        block = INJECTIONS[config.injection]
+        self.blocks = nn.ModuleList(block(config, temporal=i % 2 == 1) for i in range(config.depth))
+        self.last_temporal = config.depth // 2 * 2 - 1  # its number
         self.final_layer = FinalLayer(config)
+        self.build_rope()
+        self.init_weights()
 
-        # rotary tables: half of a head's pairs turn with the row, half with the column; in time, all with the frame
+    def build_rope(self):
+        """In space half of a head's pairs turn with the row, half with the column; in time all with the frame."""
+        d, (rows, cols) = self.config.hidden_size // self.config.num_heads, self.config.grid
         row, col = torch.arange(rows).repeat_interleave(cols), torch.arange(cols).repeat(rows)
         space = torch.cat([rope_angles(row, d // 4), rope_angles(col, d // 4)], dim=1)
-        time = rope_angles(torch.arange(config.num_frames), d // 2)
+        time = rope_angles(torch.arange(self.config.num_frames), d // 2)
         for name, angles in (('space', space), ('time', time)):
             cos, sin = rope_tables(angles)
             self.register_buffer(f'{name}_cos', cos, persistent=False)
             self.register_buffer(f'{name}_sin', sin, persistent=False)
-        self.init_weights()
 
     def init_weights(self):
         for m in self.modules():
             if isinstance(m, (nn.Linear, nn.Conv2d)):
                 nn.init.xavier_uniform_(m.weight.flatten(1))  # a patch convolution is a Linear on flat patches
-                nn.init.zeros_(m.bias) if m.bias is not None else None
+                if m.bias is not None:
+                    nn.init.zeros_(m.bias)
         for i in (0, 2):
             nn.init.normal_(self.t_embedder.mlp[i].weight, std=0.02)
-        # adaLN-Zero: what gates or outputs a branch starts at zero
-        zero = [self.final_layer.adaLN_modulation[1], self.final_layer.linear]
-        for b in self.blocks:
-            zero.append(b.adaLN_modulation[1])
-            if b.injection == 'adaln':
-                zero.append(b.action_adaLN_modulation[1])
-            elif b.injection == 'film':
-                zero.append(b.film_modulation[1])
-            elif b.injection == 'cross_attention':
-                zero.append(b.cross_attn.proj)  # only this one: with cross_gate zero too, neither would get a gradient
-        for m in zero:
-            nn.init.zeros_(m.weight)
+        for m in self.modules():
+            if isinstance(m, ZeroLinear):
+                nn.init.zeros_(m.weight)
 
-    def new_cache(self, batch):
-        """Room for the keys and values of a whole window: for every temporal block [k, v] of its frames, each
-        [batch,P,heads,num_frames,d], and with cross_attention also [k, v] of its actions, [batch,heads,num_frames,d].
-        """
-        cfg, weight = self.config, self.pos_embed
-        autocast = weight.device.type != 'cpu' and torch.is_autocast_enabled(weight.device.type)
-        dtype = torch.get_autocast_dtype(weight.device.type) if autocast else weight.dtype
-        dtype = torch.float32 if weight.device.type == 'cpu' else dtype  # as Attention has it there
-        place = cfg.num_heads, cfg.num_frames, cfg.hidden_size // cfg.num_heads
-        shapes = [(batch, math.prod(cfg.grid), *place)] * 2
-        shapes += [(batch, *place)] * 2 if cfg.injection == 'cross_attention' else []
-        return [[torch.zeros(s, dtype=dtype, device=weight.device) for s in shapes] for _ in range(cfg.depth // 2)]
-
-    def forward(self, x, t, action=None, cache=None, frame=None, skip=0):
-        """What the network says of noisy frames; the prediction target decides what that means.
+    def forward(self, x, t, action=None, cache=None, places=None, skip=0):
+        """Embed the frames, embed what conditions them, run the blocks, put the patches together again.
 
         x: [B,F,C,H,W] frames, F <= num_frames, each at its own noise level.
         t: [B,F] or [1,F] integer timestep of each frame; -1 means clean and is shown as 0.
         action: [B,N,A] of the window, or None. action[:, f] is done at frame f and so conditions frame f+1.
-        cache: of new_cache, for a causal model: x are then only the frames at places `frame` [F], consecutive; they
-            see themselves and what the cache remembers of the frames before, and are remembered in turn.
-        skip: with a cache, the first frames of x that only have to be remembered.
-        Returns [B,F-skip,C,H,W].
+        Returns [B,F,C,H,W]: what the network says; the prediction target decides what that means.
+
+        A causal model may be given its window bit by bit (cache.py): cache has a KVCache for each temporal block, x are
+        the frames at `places` [F] of the window, and the first `skip` of them are remembered only: [B,F-skip,C,H,W]
+        come back, or None.
         """
-        B, N, C = x.shape[:3]
-        (rows, cols), p = self.config.grid, self.config.patch_size
-        x = self.x_embedder.proj(x.flatten(0, 1)).flatten(2).transpose(1, 2).unflatten(0, (B, N))
-        x = x + self.pos_embed  # [B,F,P,D]
+        x = self.x_embedder(x) + self.pos_embed  # [B,F,P,D]
+        c = self.t_embedder(sinusoids(t.clamp(min=0)))  # [B,F,D]
+        if cache is None:
+            places = torch.arange(x.shape[1], device=x.device)
+        actions = self.embed_actions(action, x)  # [B,N,D]
+        a = actions[:, places]  # [B,F,D]
+        space = Axis(rope=(self.space_cos, self.space_sin))
+        time = Axis((self.time_cos[places], self.time_sin[places]), self.config.causal, actions=a)
+        if cache is not None:
+            window = torch.arange(self.config.num_frames, device=x.device)
+            time = replace(time, places=places, mask=places[:, None] >= window, actions=actions)
 
-        freqs = torch.exp(torch.arange(128, device=t.device) * (-math.log(10000) / 128))
-        angles = t.clamp(min=0)[..., None].float() * freqs
-        c = self.t_embedder(torch.cat([angles.cos(), angles.sin()], dim=-1))  # [B,F,D]
-        frame = torch.arange(N, device=x.device) if frame is None else frame
-        a = x.new_zeros(B, N, x.shape[-1])
-        if action is not None and self.config.action_dim:  # nothing was done before frame 0
-            a = self.action_embedder(action[:, frame - 1]).masked_fill((frame == 0)[:, None], 0)
-
-        seen = torch.arange(self.config.num_frames if cache else N, device=x.device)
-        mask = frame[:, None] >= seen if self.config.causal else None
-        space = self.space_cos[:, None], self.space_sin[:, None]  # [P,1,d]
-        time = self.time_cos[frame, None, None], self.time_sin[frame, None, None]  # [F,1,1,d]
-        last = len(self.blocks) // 2 * 2 - 1  # the last temporal block; after it a frame is of no use to others
         for i, block in enumerate(self.blocks):
-            if i == 1:  # rotary angles know distances in time, this knows the place in the clip
-                x = x + self.temp_embed[:, frame, None]
+            if i == 1:
+                x = x + self.temp_embed[:, places, None]  # rotary angles know distances only
+            if skip and i == self.last_temporal:  # from here on the first frames matter in memory only
+                block.remember(x[:, :skip], c[:, :skip], a[:, :skip], time[:skip], cache[i])
+                if skip == x.shape[1]:
+                    return None
+                x, c, a, time = x[:, skip:], c[:, skip:], a[:, skip:], time[skip:]
             if block.temporal:
-                x = block(x, c, a, time, mask, cache and cache[i // 2], frame, skip if i == last else 0)
+                x = block(x, c, a, time, cache and cache[i])
             else:
                 x = block(x, c, a, space)
-            if i == last:
-                c, a = c[:, skip:], a[:, skip:]
+        return self.final_layer(x, c)
 
-        x = self.final_layer(x, c).view(B, N - skip, rows, cols, p, p, C)
-        return x.permute(0, 1, 6, 2, 4, 3, 5).reshape(B, N - skip, C, rows * p, cols * p)
+    def embed_actions(self, action, x):
+        """[B,N,D]: to each frame belongs the action before it, and to frame 0 an exact zero."""
+        if action is None or not self.config.action_dim:
+            return x.new_zeros(len(x), self.config.num_frames, x.shape[-1])
+        return F.pad(self.action_embedder(action[:, :-1]), (0, 0, 1, 0))
 
-    def flops(self):
-        """Multiply-adds of one clip's forward pass, times two; a training step is three of these."""
-        cfg, N, D, P = self.config, self.config.num_frames, self.config.hidden_size, math.prod(self.config.grid)
-        per_frame = sum(2 * p.numel() for name, p in self.named_parameters() if p.ndim == 2 and 'modulation' in name)
-        per_token = 2 * 2 * cfg.patch_size ** 2 * cfg.in_channels * D
-        for b in self.blocks:
-            keys = P if not b.temporal else (N + 1) / 2 if cfg.causal else N
-            per_token += 2 * 16 * D * D + 4 * D * keys
-            if b.injection == 'cross_attention' and b.temporal:
-                per_token += 2 * 2 * D * D + 4 * D * keys
-        return N * (per_frame + P * per_token)
+
+def build_model(settings, frame_shape, action_dim):
+    """The NanoWM of train.py's settings, for frames (C,H,W) and `action_dim` numbers to act with. Raises UserError."""
+    size = settings['model_size']
+    if size and size not in SIZES:
+        raise UserError(f'model_size={size!r}: expected one of {", ".join(SIZES)}')
+    names = {f.name for f in fields(NanoWMConfig)}
+    shape = {key: value for key, value in settings.items() if key in names} | SIZES.get(size, {})
+    shape |= dict(in_channels=frame_shape[0], input_size=tuple(frame_shape[1:]), action_dim=action_dim)
+    return NanoWM(NanoWMConfig(**shape))

@@ -1,491 +1,380 @@
-"""Published datasets as they are on disk: each reader lists the episodes of a folder and reads one at a time.
+"""Where episodes come from: the worlds of envs.py, published datasets as they are on disk, and your own recordings.
 
-    rt1, lerobot                      LeRobot v2.0, v2.1 and v3.0: parquet and video
-    csgo                              Counter-Strike deathmatch (Pearce & Zhu 2021): HDF5
-    dino_point_maze, dino_wall, ...   the five DINO-WM sets (Zhou et al. 2024): .pth, .pkl and video
-    clips                             your own recordings: a folder of clips with their actions beside them
-    wall, pusht                       the worlds of envs.py: here reading is playing
-
-A reader returns a Source. These files come from strangers: nothing in them is ever run. `data.py` does the rest.
+Each reader lists the episodes of one kind of folder, and each episode knows how to read itself; prepare.py does the
+rest. To add a dataset, write such a function and give it a row in DATASETS, at the end. These files come from
+strangers: nothing in them is run, and nothing they say makes us read a file elsewhere.
 """
-import bisect
-import contextlib
-import csv
-import functools
 import glob
-import io
 import json
 import multiprocessing
 import os
-import pickle
 import re
 import signal
 import threading
 from collections.abc import Callable
+from functools import cache, lru_cache, partial
+from io import BytesIO
+from itertools import islice
 from typing import NamedTuple
 
-import imageio.v3 as iio
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
-from tqdm import tqdm
 
 import envs
-
-ROOTS = {'rt1': 'RT1_DATA_ROOT', 'csgo': 'CSGO_DATA_DIR'}  # where a reader looks without --root
-DINO_WM = {'point_maze': 'point_maze', 'wall': 'wall_single', 'pusht': 'pusht_noise',
-           'rope': 'deformable/rope', 'granular': 'deformable/granular'}
-ROOTS |= {f'dino_{name}': 'DATASET_DIR' for name in DINO_WM}
-VIDEO = ('.mp4', '.mkv', '.webm', '.mov', '.avi')
-IMAGE = ('.png', '.jpg', '.jpeg', '.webp', '.bmp', '.tif', '.tiff')
+from configurator import UserError
+from machine import RANK
+from pickles import load_array
+from recordings import Episode, clips, extra, natural, read_picture, read_video
 
 
-class Episode(NamedTuple):
-    name: str  # how a person would find it again: a path, or a path and a number
-    length: int  # frames
-    key: tuple  # what `read` needs
-    split: str = ''  # train or val; '' if the publisher does not say
-    start: int = -1  # the published first frame of its fixed validation clip
-
-
-class Source(NamedTuple):
-    """Episodes, numbers per action, and read(key) -> frames uint8 [T,H,W,3], actions float [T,A] (to be pickled)."""
-    episodes: list
-    action_dim: int
-    read: Callable
-
-
-class Missing(Exception):
-    """The folder is not what the reader expects, or a package is not installed: one line to show."""
-
-
-def open_source(settings):
-    """The Source that data.py's settings name; read_episode then reads from it. Raises Missing."""
-    what, root, episodes = settings['what'], os.path.expanduser(settings['root']), settings['episodes']
+def list_episodes(settings):
+    """The Episodes of the world or dataset that prepare.py's settings name. Raises UserError."""
+    what, count = settings['what'], settings['episodes']
     if what in envs.WORLDS:
-        source = world(what, episodes, settings['image_size'], settings['seed'])
-    elif what == 'clips':
-        source = clips(root)
-    elif what == 'csgo':
-        source = csgo(root, settings['train_list'], settings['val_list'], settings['val_starts'])
-    elif what in ('rt1', 'lerobot'):
-        source = lerobot(root, settings['image_key'])
-    else:
-        source = dino_wm(root, what.removeprefix('dino_'), settings['relative_actions'])
-    if 0 < episodes < len(source.episodes):  # spread over all of them, with at least one of each split
-        chosen = {int(i * len(source.episodes) / episodes) for i in range(episodes)}
-        split = [e.split for e in source.episodes]
-        chosen |= {split.index(s) for s in set(split) - {split[i] for i in chosen}}
-        source = source._replace(episodes=[source.episodes[i] for i in sorted(chosen)])
-    opened[:] = [source]
-    return source
-
-
-opened = []  # the Source that this process reads
-
-
-def start_worker(source):
-    """What a reading process does first: it leaves when its parent does, even by kill -9 or Ctrl-C."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=lambda: multiprocessing.parent_process().join() or os._exit(1), daemon=True).start()
-    torch.set_num_threads(1)
-    opened[:] = [source]
-
-
-def read_episode(number, size):
-    """(pixels uint8 [T,3,size,size], actions [T,A], None), or (None, None, why it is broken)."""
-    source, episode = opened[0], opened[0].episodes[number]
+        return world(settings)
+    root = os.path.expanduser(settings['root'])
     try:
-        frames, actions = source.read(episode.key)
-        want = episode.length, source.action_dim
-        if not episode.length:
+        episodes = DATASETS[what].reader(root, settings)
+    except UserError:
+        raise
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as e:
+        # whatever a stranger's metadata lacks or holds instead; a KeyError says no more than the key
+        raise UserError(f'{root}: its metadata is not as {what} has it ({type(e).__name__}: {e})') from e
+    if 0 < count < len(episodes):  # spread over all of them, with at least one of each split
+        chosen = {i * len(episodes) // count for i in range(count)}
+        splits = [episode.split for episode in episodes]
+        chosen |= {splits.index(split) for split in ('train', 'val', '') if split in splits}
+        episodes = [episodes[i] for i in sorted(chosen)]
+    return episodes
+
+
+def read_episode(episode, size):
+    """(pixels uint8 [T,3,*size], actions float32 [T,A], ''), or (None, None, why the episode cannot be read)."""
+    try:
+        frames, actions = episode.read()
+        pixels = [resize(frame, size) for frame in frames]  # one at a time: only the small ones are kept
+        actions = np.asarray(actions, dtype=np.float32)
+        if not pixels:
             raise ValueError('it has no frames')
-        if frames.ndim != 4 or frames.shape[3] != 3 or frames.dtype != np.uint8:
-            raise ValueError(f'frames are {frames.dtype} {list(frames.shape)}; expected uint8 [T,H,W,3]')
-        if len(frames) != episode.length or actions.shape != want:
-            raise ValueError(f'{len(frames)} frames and actions {list(actions.shape)}; expected {want[0]} frames and '
-                             f'{want[1]} numbers for each')
+        if len(actions) == len(pixels) - 1:  # nothing was done at the last frame
+            actions = np.concatenate([actions, actions[-1:]])
+        if len(actions) != len(pixels) or actions.ndim != 2:
+            raise ValueError(f'{len(pixels)} frames, but actions {list(actions.shape)}')
         if not np.isfinite(actions).all():
             raise ValueError('some actions are not finite')
-        return resize(frames, size), actions, None
+        first, end = 0, len(pixels)
+        if episode.num_frames:
+            first = episode.start
+            if first < 0:
+                first = max(0, (len(pixels) - episode.num_frames) // 2)  # from the middle
+            end = first + episode.num_frames
+        if first >= len(pixels):
+            raise ValueError(f'its published start is frame {first} of {len(pixels)}')
+        return np.stack(pixels[first:end]), actions[first:end], ''
     except Exception as e:  # whatever is wrong with one episode, the others go on
         return None, None, f'{type(e).__name__}: {e}'
 
 
-def resize(frames, size):
-    """uint8 [T,H,W,3] -> uint8 [T,3,size,size], stretched (bilinear, anti-aliased)."""
-    x = torch.from_numpy(np.require(frames, requirements=['C', 'W'])).permute(0, 3, 1, 2)
-    if x.shape[2:] != (size, size):
-        x = F.interpolate(x.float(), (size, size), mode='bilinear', antialias=True).round().clamp(0, 255).byte()
+def resize(frame, size):
+    """uint8 [H,W,3] -> uint8 [3,*size], stretched (bilinear, anti-aliased)."""
+    if frame.dtype != np.uint8 or frame.ndim != 3 or frame.shape[2] != 3:
+        raise ValueError(f'a frame is {frame.dtype} {list(frame.shape)}; expected uint8 [H,W,3]')
+    x = torch.from_numpy(np.require(frame, requirements=['C', 'W'])).permute(2, 0, 1)
+    if x.shape[1:] != size:
+        x = F.interpolate(x[None].float(), size, mode='bilinear', antialias=True)[0]
+        x = x.round().clamp(0, 255).byte()
     return x.numpy()
 
 
-def extra(module, package=None):
-    """Import a module that only this dataset needs."""
-    try:
-        return __import__(module, fromlist=['_'])
-    except ImportError as e:
-        raise Missing(f'reading this dataset needs {module}: pip install {package or module}') from e
+def start_worker(_):
+    """What a worker of a DataLoader does first."""
+    def leave_with_parent():  # even one that was killed: else a worker waits forever for its result to be taken
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent to answer
+    threading.Thread(target=leave_with_parent, daemon=True).start()
 
 
-def one_of(root, *patterns):
-    """The first file that matches one of the patterns under root."""
-    for pattern in patterns:
-        if found := sorted(glob.glob(os.path.join(glob.escape(root), pattern), recursive=True)):
-            return found[0]
-    there = ', '.join(sorted(os.listdir(root))[:8]) or 'nothing' if os.path.isdir(root) else 'no such folder'
-    raise Missing(f'{root}: looked there for {" or ".join(patterns)} and found {there}')
-
-
-def read_video(path, first, count):
-    """Frames first to first + count as uint8 [count,H,W,3]; seeks once, then decodes in order."""
-    frames = []
-    with iio.imopen(path, 'r', plugin='pyav') as f:
-        try:
-            for i in range(first, first + count):
-                frames.append(f.read(index=i, thread_type='SLICE'))
-        except (StopIteration, EOFError, IndexError):
-            raise ValueError(f'{os.path.basename(path)} ends at frame {first + len(frames)}, '
-                             f'before {first + count}') from None
-    return np.stack(frames)
+def one_of(root, pattern):
+    """The first file under root that matches the pattern."""
+    found = sorted(glob.glob(os.path.join(glob.escape(root), pattern), recursive=True))
+    if found:
+        return found[0]
+    there = 'no such folder'
+    if os.path.isdir(root):
+        there = ', '.join(sorted(os.listdir(root))[:8]) or 'nothing'
+    raise UserError(f'{root}: looked there for {pattern} and found {there}')
 
 
 # -----------------------------------------------------------------------------
-# LeRobot
+# worlds: here reading is playing. Every episode has a seed of its own; the last tenth is for validation
 
-def lerobot(root, image_key, action_key='action'):
-    """meta/info.json says where episodes are: each in files of its own (v2), or many in one (v3). Raises Missing."""
+def world(settings):
+    name, count, (height, width) = settings['what'], settings['episodes'], settings['image_size']
+    simulator(name)  # says now if it is not installed
+    if count < 2:
+        raise UserError(f'episodes={count}: expected 2 or more, one is for validation')
+    if height != width:
+        raise UserError(f'image_size={height},{width}: {name} draws square pictures; expected one number')
+    num_train = count - max(1, count // 10)
+    episodes = []
+    for i in range(count):
+        split = 'train' if i < num_train else 'val'
+        play_it = partial(play, name, height, settings['seed'] * 1_000_000 + i)
+        episodes.append(Episode(f'{name} {i}', play_it, split))
+    return episodes
+
+
+simulator = cache(envs.make_world)  # one for all episodes of this process
+
+
+def play(name, size, seed):
+    env = simulator(name)
+    rng = np.random.default_rng([seed, 1])  # not reset's own stream
+    env.reset(seed)
+    frames, actions = [], []
+    for _ in range(env.steps):
+        frames.append(env.render(size).transpose(1, 2, 0))
+        actions.append(env.explore(rng))
+        env.step(actions[-1])
+    return frames, actions
+
+
+# -----------------------------------------------------------------------------
+# LeRobot v2.0, v2.1 and v3.0: parquet and video. meta/info.json says where, by templates of paths
+
+FIELD = re.compile(r'\{\w+(:\d{1,2}d)?\}')
+
+
+def lerobot(root, settings):
     parquet = extra('pyarrow.parquet', 'pyarrow')
-    with open(one_of(root, 'meta/info.json')) as f:
+    with open(inside(root, one_of(root, 'meta/info.json'))) as f:
         info = json.load(f)
-    features = info['features']
-    cameras = [k for k, v in features.items() if v['dtype'] in ('video', 'image')]
-    if action_key not in features:
-        raise Missing(f'{root}/meta/info.json: no feature {action_key!r}, but {", ".join(features)}')
-    if image_key not in cameras:
-        raise Missing(f'{root}/meta/info.json: no camera {image_key!r}; '
-                      f'its cameras are {", ".join(cameras) or "none"}: choose one with --image_key=')
-    packed = not info['codebase_version'].startswith('v2')  # v3.0 keeps many episodes in one file
-    if packed:
-        one_of(root, 'meta/episodes/*/*.parquet')
-        rows = [row for path in sorted(glob.glob(f'{glob.escape(root)}/meta/episodes/*/*.parquet'))
-                for row in parquet.read_table(path, columns=[
-                    c for c in parquet.read_schema(path).names if not c.startswith('stats/')]).to_pylist()]
-    else:
-        with open(one_of(root, 'meta/episodes.jsonl')) as f:
+    camera, features = settings['image_key'], info['features']
+    cameras = [key for key, feature in features.items() if feature['dtype'] in ('video', 'image')]
+    if 'action' not in features:
+        raise UserError(f'{root}/meta/info.json: no feature action, but {", ".join(features)}')
+    if camera not in cameras:
+        raise UserError(f'{root}/meta/info.json: no camera {camera!r}; '
+                        f'its cameras are {", ".join(cameras) or "none"}: choose one with --image_key=')
+    if features[camera]['dtype'] == 'video':
+        extra('av')  # says now, not for every episode, if it is missing
+
+    if os.path.exists(f'{root}/meta/episodes.jsonl'):  # v2
+        with open(inside(root, 'meta/episodes.jsonl')) as f:
             rows = [json.loads(line) for line in f if line.strip()]
+    else:
+        rows = []
+        one_of(root, 'meta/episodes/*/*.parquet')
+        for path in sorted(glob.glob(f'{glob.escape(root)}/meta/episodes/*/*.parquet')):
+            columns = [c for c in parquet.read_schema(inside(root, path)).names if not c.startswith('stats/')]
+            rows += parquet.read_table(path, columns=columns).to_pylist()
 
-    def place(row):
-        """(data file, video file, first frame in the video) of an episode."""
-        i = row['episode_index']
-        if not packed:
-            names = dict(episode_index=i, episode_chunk=i // info['chunks_size'], video_key=image_key)
-            return info['data_path'].format(**names), (info.get('video_path') or '').format(**names), 0
-        prefix = f'videos/{image_key}'
-        video = info['video_path'] and info['video_path'].format(
-            video_key=image_key, chunk_index=row.get(f'{prefix}/chunk_index', 0),
-            file_index=row.get(f'{prefix}/file_index', 0))
-        return (info['data_path'].format(chunk_index=row['data/chunk_index'], file_index=row['data/file_index']),
-                video, round(row.get(f'{prefix}/from_timestamp', 0) * info['fps']))
-
-    as_video = features[image_key]['dtype'] == 'video'
-    as_video and extra('av')  # says now, not for every episode, if it is missing
-    columns = ('episode_index', action_key) if as_video else ('episode_index', action_key, image_key)
-    splits = {k: [int(n) for n in v.split(':')] for k, v in info.get('splits', {}).items() if k in ('train', 'val')}
-    splits = splits if 'val' in splits else {}  # most have one for training only
-
-    def split(i):
-        return next((k for k, (first, end) in splits.items() if first <= i < end), '')
-
-    episodes = [Episode(f'{root} episode {r["episode_index"]}', r['length'],
-                        (r['episode_index'], r['length'], *place(r)), split(r['episode_index'])) for r in rows]
-    return Source(episodes, int(np.prod(features[action_key]['shape'])),
-                  functools.partial(read_lerobot, root, columns))
+    episodes = []
+    for row in rows:
+        i, split = row['episode_index'], ''
+        if 'val' in info.get('splits', {}):  # most have one for training only
+            first, end = map(int, info['splits']['val'].split(':'))
+            split = 'val' if first <= i < end else 'train'
+        read = partial(read_lerobot, root, camera, (i, row['length']), *locate(info, camera, row))
+        episodes.append(Episode(f'{root} episode {i}', read, split))
+    return episodes
 
 
-@functools.lru_cache(maxsize=1)  # the next episode is in the same file
+def locate(info, camera, row):
+    """(data file, video file or '', seconds into the video) of an episode.
+
+    v2 gives each episode files of its own; v3 packs many into one file, and their rows of metadata say into which.
+    """
+    def fields(prefix):
+        return {key: row[f'{prefix}/{key}'] for key in ('chunk_index', 'file_index') if f'{prefix}/{key}' in row}
+
+    i, videos = row['episode_index'], f'videos/{camera}'
+    names = dict(episode_index=i, episode_chunk=i // info['chunks_size'], video_key=camera)
+    data = fill(info['data_path'], names | fields('data'))
+    if info['features'][camera]['dtype'] != 'video':
+        return data, '', 0.0
+    return data, fill(info['video_path'], names | fields(videos)), row.get(f'{videos}/from_timestamp', 0.0)
+
+
+def fill(template, names):
+    """The path that a template means. Only fields like {episode_index:06d}: a width of 10^9 would take gigabytes."""
+    if set('{}') & set(FIELD.sub('', template)):
+        raise ValueError(f'path {template!r}: expected no other fields than such as {{episode_index:06d}}')
+    return template.format(**names)
+
+
+def inside(root, path):
+    """root/path, made sure to be an ordinary file that lies under root."""
+    real_root, real = os.path.realpath(root), os.path.realpath(os.path.join(root, path))
+    if os.path.commonpath([real_root, real]) != real_root:
+        raise ValueError(f'{path} leads out of the folder, where nothing is read')
+    if not os.path.isfile(real):
+        raise ValueError(f'{path}: no such file')
+    return real
+
+
+@lru_cache(maxsize=1)  # the next episode is in the same file
 def parquet_table(path, columns):
     table = extra('pyarrow.parquet', 'pyarrow').read_table(path, columns=list(columns))
     return table['episode_index'].to_numpy(), table
 
 
-def read_lerobot(root, columns, key):
-    i, length, data, video, first = key
-    index, table = parquet_table(os.path.join(root, data), columns)
-    rows = np.flatnonzero(index == i)
-    if len(rows) != length:
-        raise ValueError(f'{data} has {len(rows)} rows of it, not {length}')
+def read_lerobot(root, camera, episode, data, video, start):
+    number, length = episode
+    columns = ('episode_index', 'action') if video else ('episode_index', 'action', camera)
+    index, table = parquet_table(inside(root, data), columns)
+    rows = np.flatnonzero(index == number)
+    if len(rows) != length or length == 0 or rows[-1] - rows[0] != length - 1:
+        raise ValueError(f'{data} has {len(rows)} rows of it; expected {length}, one after the other')
     table = table.slice(rows[0], length)
-    if len(columns) == 2:
-        frames = read_video(os.path.join(root, video), first, length)
-    else:  # pictures in the table
-        frames = np.stack([np.asarray(Image.open(io.BytesIO(x['bytes'])).convert('RGB'))
-                           for x in table[columns[2]].to_pylist()])
-    return frames, np.array(table[columns[1]].to_pylist()).reshape(length, -1)
+    actions = np.array(table['action'].to_pylist()).reshape(length, -1)
+    if video:
+        return islice(read_video(inside(root, video), start), length), actions
+    return (read_picture(BytesIO(cell['bytes'])) for cell in table[camera].to_pylist()), actions
 
 
 # -----------------------------------------------------------------------------
-# CSGO
+# Counter-Strike deathmatch (Pearce & Zhu 2021): HDF5
 
-def csgo(root, train_list='', val_list='', val_starts=''):
-    """The published split is two text files, a file name in each line, and an .npy with a start for each of val's."""
-    h5py = extra('h5py')
+def csgo(root, settings):
+    extra('h5py')
     one_of(root, '**/hdf5_dm_july2021_*.hdf5')
     found = glob.glob(f'{glob.escape(root)}/**/hdf5_dm_july2021_*.hdf5', recursive=True)
-    found = {os.path.basename(p): p for p in sorted(found, key=natural) if re.search(r'july2021_\d+\.hdf5$', p)}
-    if val_starts and not val_list or bool(train_list) != bool(val_list):
-        raise Missing('the published split is --train_list= and --val_list= together, and --val_starts= goes with them')
-    split, start = {}, {}
-    for name, path in (('train', train_list), ('val', val_list)):
+    split, start = csgo_split(settings['train_list'], settings['val_list'], settings['val_starts'])
+    episodes = []
+    for path in sorted(found, key=natural):
+        name = os.path.basename(path)
+        if re.search(r'july2021_\d+\.hdf5$', name) and (name in split or not split):
+            episodes.append(Episode(path, partial(read_csgo, path), split.get(name, ''), start.get(name, -1)))
+    if len(episodes) < len(split) and RANK == 0:
+        print(f'{root}: {len(split) - len(episodes)} of the {len(split)} listed files are not there')
+    return episodes
+
+
+def csgo_split(train_list, val_list, val_starts):
+    """{file name: train or val}, {file name: first frame}: of two lists with a file name in each line, and an .npy with
+    a number for each line of the second."""
+    if bool(train_list) != bool(val_list) or val_starts and not val_list:
+        raise UserError('the published split is --train_list= and --val_list= together; --val_starts= goes with them')
+    split, names = {}, []
+    for part, path in (('train', train_list), ('val', val_list)):
         if path:
             with open(path) as f:
-                listed = [os.path.splitext(os.path.basename(line.strip()))[0] + '.hdf5' for line in f if line.strip()]
-            split |= dict.fromkeys(listed, name)
-            if name == 'val' and val_starts:
-                starts = np.load(val_starts, allow_pickle=False).ravel()
-                if len(starts) != len(listed) or (starts < 0).any() or (starts % 1).any():
-                    raise Missing(f'{val_starts} has {len(starts)} starts; expected a whole number of 0 or more for '
-                                  f'each of the {len(listed)} files of {path}')
-                start = dict(zip(listed, starts.astype(int).tolist(), strict=True))
-    if split:
-        absent = [name for name in split if name not in found]
-        if absent:
-            print(f'{root}: {len(absent)} of the {len(split)} listed files are not there, {absent[0]} for one')
-        found = {name: path for name, path in found.items() if name in split}
-
-    def length(path):
-        try:
-            with h5py.File(path) as f:
-                return bisect.bisect_left(range(1000), True, key=lambda i: f'frame_{i}_x' not in f)
-        except OSError:
-            return 1000  # broken: reading it will say so by name
-
-    episodes = []
-    for name, path in tqdm(found.items(), desc='looking into files', unit='file', leave=False,
-                           disable=int(os.environ.get('RANK', 0)) > 0):
-        n = length(path)
-        if start.get(name, -1) >= n:
-            raise Missing(f'{val_starts}: start {start[name]} of {path}, which has {n} frames')
-        episodes.append(Episode(path, n, (path, n), split.get(name, ''), start.get(name, -1)))
-    return Source(episodes, 51, read_csgo)
+                stems = [os.path.splitext(os.path.basename(line.strip()))[0] for line in f if line.strip()]
+            names = [f'{stem}.hdf5' for stem in stems]
+            split |= dict.fromkeys(names, part)
+    if not val_starts:
+        return split, {}
+    starts = np.load(val_starts, allow_pickle=False).ravel()
+    if len(starts) != len(names) or (starts < 0).any() or (starts % 1).any():
+        raise UserError(f'{val_starts} has {len(starts)} starts; expected a whole number of 0 or more for each of '
+                        f'the {len(names)} files of {val_list}')
+    return split, dict(zip(names, starts.astype(int).tolist(), strict=True))
 
 
-def read_csgo(key):
-    path, length = key
+def read_csgo(path):
+    count = 0
     with extra('h5py').File(path) as f:
-        frames = np.stack([f[f'frame_{i}_x'][:] for i in range(length)])
-        return frames[..., ::-1], np.stack([f[f'frame_{i}_y'][:] for i in range(length)])  # stored as BGR
+        while f'frame_{count}_x' in f:
+            count += 1
+        actions = [own_array(f, f'frame_{i}_y') for i in range(count)]
+    return csgo_frames(path, count), actions
+
+
+def csgo_frames(path, count):
+    with extra('h5py').File(path) as f:
+        for i in range(count):
+            yield own_array(f, f'frame_{i}_x')[..., ::-1]  # stored as BGR
+
+
+def own_array(f, name):
+    """An array that lies in this HDF5 file itself: one could also point to any other file of the machine."""
+    array = f[name]
+    own = isinstance(f.get(name, getlink=True), extra('h5py').HardLink)
+    if not own or array.is_virtual or array.external:
+        raise ValueError(f'{name} lies in another file')
+    if array.nbytes > 2 ** 26:  # a 4K frame is 2^25; a few bytes can promise any number of zeros
+        raise ValueError(f'{name} is {list(array.shape)}, which is no frame')
+    return array[:]
 
 
 # -----------------------------------------------------------------------------
-# DINO-WM
+# the DINO-WM sets (Zhou et al. 2024): actions.pth [N,T,A], padded; a file with the frames of each episode
 
-class PlainUnpickler(pickle.Unpickler):
-    """Lists, numbers and numpy arrays; anything else in the file is refused before it can do something."""
-    ALLOWED = {'_reconstruct', '_frombuffer', 'ndarray', 'dtype', 'scalar'}
-
-    def find_class(self, module, name):
-        if module.split('.')[0] == 'numpy' and name in self.ALLOWED:
-            return super().find_class(module, name)
-        raise pickle.UnpicklingError(f'it holds a {module}.{name}; only lists, numbers and arrays are read')
+def dino_wm(folder, frames_file, root, settings):
+    root = dino_folder(root, folder)
+    return dino_episodes(root, load_array(one_of(root, 'actions.pth')), frames_file)
 
 
-def load_plain(path):
-    """The numbers in a .pkl, or the tensor or array in a .pth, as an array."""
-    rebuild = np.zeros(0).__reduce__()[0]  # numpy's own, wherever this version keeps it and older files look for it
-    names = [(rebuild, f'numpy.{m}.multiarray._reconstruct') for m in ('core', '_core')]
-    dtypes = [type(np.dtype(d)) for d in ('u1', 'i4', 'i8', 'f4', 'f8')]
-    try:
-        if path.endswith('.pkl'):
-            with open(path, 'rb') as f:
-                return np.asarray(PlainUnpickler(f).load())
-        with torch.serialization.safe_globals([*names, np.ndarray, np.dtype, *dtypes]):
-            return np.asarray(torch.load(path, map_location='cpu', weights_only=True))
-    except (pickle.UnpicklingError, EOFError, RuntimeError, ValueError) as e:
-        raise Missing(f'{path} cannot be read: {str(e).splitlines()[0]}') from e
+def dino_pusht(root, settings):
+    """It comes with a split, as video, and with actions in pixels of its table, which become hundredths."""
+    extra('av')
+    root = dino_folder(root, 'pusht_noise')
+    name = 'rel_actions.pth' if settings['relative_actions'] else 'abs_actions.pth'
+    episodes = []
+    for split in ('train', 'val'):
+        folder = os.path.join(root, split)
+        actions = load_array(one_of(folder, name)).astype(np.float32) / 100
+        for episode in dino_episodes(folder, actions, 'obses/episode_{:03d}.mp4'):
+            episodes.append(episode._replace(split=split))
+    return episodes
 
 
-def dino_wm(root, name, relative_actions=True):
-    """actions.pth [N,T,A] (pusht: rel_actions.pth or abs_actions.pth) with obses/episode_000.pth or .mp4; in the
-    deformable sets 000000/obses.pth. pusht's actions are pixels and become hundredths. Raises Missing."""
-    for folder in (os.path.join(root, DINO_WM[name]), root):  # the folder of all sets, or this one
-        if os.path.isdir(folder):
-            root = folder
-            break
-    episodes, actions = [], {}
-    parts = {'train': f'{root}/train', 'val': f'{root}/val'} if name == 'pusht' else {'': root}
-    for split, part in parts.items():
-        stem = {True: 'rel_actions', False: 'abs_actions'}[relative_actions] if name == 'pusht' else 'actions'
-        actions[split] = load_plain(one_of(part, f'{stem}.pth')).astype(np.float32)
-        if name == 'pusht':
-            actions[split] = actions[split] / 100  # from pixels of its 512-wide table
-        if actions[split].ndim != 3:
-            raise Missing(f'{part}/{stem}.pth is {list(actions[split].shape)}; expected [episodes, steps, numbers]')
-        N, T = actions[split].shape[:2]
-        lengths = [T] * N
-        if name in ('point_maze', 'wall', 'pusht'):
-            files = glob.glob(f'{glob.escape(part)}/seq_lengths.p*')  # where all are equally long there may be none
-            lengths = [int(n) for n in load_plain(files[0]).ravel()] if files else lengths
-            if len(lengths) != N:
-                raise Missing(f'{files[0]} has {len(lengths)} lengths for the {N} episodes of {stem}.pth')
-            one_of(part, 'obses/episode_*.*')
-            name == 'pusht' and extra('av')
-            paths = [f'{part}/obses/episode_{i:03d}.{"mp4" if name == "pusht" else "pth"}' for i in range(N)]
-        else:
-            one_of(part, '[0-9]*/obses.pth')
-            paths = [f'{part}/{i:06d}/obses.pth' for i in range(N)]
-        episodes += [Episode(path, lengths[i], (path, split, i, lengths[i]), split) for i, path in enumerate(paths)]
-
-    return Source(episodes, next(iter(actions.values())).shape[2], functools.partial(read_dino_wm, actions))
+def dino_folder(root, folder):
+    """root may be the folder of all sets, or this one's."""
+    path = os.path.join(root, folder)
+    return path if os.path.isdir(path) else root
 
 
-def read_dino_wm(actions, key):
-    path, split, i, length = key
-    frames = read_video(path, 0, length) if path.endswith('mp4') else load_plain(path)[:length]
+def dino_episodes(root, actions, frames_file):
+    if actions.ndim != 3:
+        raise UserError(f'{root}: its actions are {list(actions.shape)}; expected [episodes, steps, numbers]')
+    count, steps, _ = actions.shape
+    lengths = np.full(count, steps)
+    found = glob.glob(f'{glob.escape(root)}/seq_lengths.p*')  # where all are equally long there may be none
+    if found:
+        lengths = load_array(found[0]).ravel().astype(int)
+    if len(lengths) != count or lengths.min() < 1 or lengths.max() > steps:
+        raise UserError(f'{root}: expected a length of 1 to {steps} for each of its {count} episodes in seq_lengths')
+    one_of(root, re.sub('{.*}', '*', frames_file))
+    episodes = []
+    for i, length in enumerate(lengths):
+        path = os.path.join(root, frames_file.format(i))
+        episodes.append(Episode(path, partial(read_dino_wm, path, actions[i, :length])))
+    return episodes
+
+
+def read_dino_wm(path, actions):
+    if path.endswith('.mp4'):
+        return islice(read_video(path), len(actions)), actions
+    frames = load_array(path)[:len(actions)]
     if frames.dtype != np.uint8:  # some were saved as float
-        frames = (frames * (255 if frames.max() <= 1 else 1)).round().astype(np.uint8)
-    return frames, actions[split][i, :length]
-
-
-# -----------------------------------------------------------------------------
-# worlds: every episode has a seed of its own; the last tenth is for validation
-
-def world(name, episodes, size, seed):
-    """So many episodes of envs.WORLDS[name], rendered at size x size. Raises Missing."""
-    simulator(name)  # says now if it is not installed
-    if episodes < 2:
-        raise Missing(f'episodes={episodes}: expected 2 or more, one is for validation')
-    steps, num_val = envs.EPISODE_STEPS[name], max(1, episodes // 10)
-    return Source([Episode(f'{name} {i}', steps, (seed * 1_000_000 + i,), 'train' if i < episodes - num_val else 'val')
-                   for i in range(episodes)], 2, functools.partial(play, name, steps, size))
-
-
-@functools.cache
-def simulator(name):
-    try:
-        return envs.WORLDS[name]()
-    except SystemExit as e:
-        raise Missing(str(e)) from e
-
-
-def play(name, steps, size, key):
-    env, rng = simulator(name), np.random.default_rng([*key, 1])  # not reset's own stream
-    frames, actions = np.empty((steps, size, size, 3), np.uint8), np.empty((steps, 2), np.float32)
-    env.reset(*key)
-    for i in range(steps):
-        frames[i] = env.render(size).transpose(1, 2, 0)
-        actions[i] = env.explore(rng)
-        env.step(actions[i])
+        scale = 255 if frames.max() <= 1 else 1
+        frames = (frames * scale).round().astype(np.uint8)
     return frames, actions
 
 
 # -----------------------------------------------------------------------------
-# your own recordings
 
-def clips(root):
-    """name.mp4 (or .gif, .npy [T,H,W,3], a folder of images), with name.npy or name.csv: a row of numbers per frame.
-
-    Raises Missing.
-    """
-    if not os.path.isdir(root):
-        raise Missing(f'{root}: no such folder; expected clips (name.mp4, name.gif, name.npy or a folder of images) '
-                      'with their actions in name.npy or name.csv')
-    episodes, widths, taken = [], [], {}
-    for name in sorted(os.listdir(root), key=natural):
-        path, (stem, ext) = os.path.join(root, name), os.path.splitext(os.path.join(root, name))
-        video = ext.lower() in (*VIDEO, '.gif') or os.path.isdir(path) and images(path)
-        if name.startswith('.') or not video and ext.lower() != '.npy':
-            continue
-        stem, length = path if os.path.isdir(path) else stem, 0
-        try:
-            if not video and np.load(path, mmap_mode='r', allow_pickle=False).ndim < 3:
-                continue  # actions
-            length = count_frames(path)
-        except Missing:
-            raise
-        except Exception:  # reading it will say why, by name
-            pass
-        if stem in taken:
-            raise Missing(f'{path} and {taken[stem]} have one name, and so the same actions: rename one')
-        beside = [p for p in (f'{stem}.npy', f'{stem}.csv') if os.path.exists(p) and p != path]
-        if not beside and (video or length):
-            wanted = f'{stem}.csv' if not video else f'{stem}.npy or {stem}.csv'
-            raise Missing(f'{path} has no actions beside it: expected {wanted}, a row for each frame')
-        if beside:
-            taken[stem] = path
-            with contextlib.suppress(Exception):
-                widths.append(load_actions(beside[0]).shape[1])
-            episodes.append(Episode(path, length or 1, (path, beside[0])))
-    if not episodes:
-        raise Missing(f'{root}: no clips there; looked for {", ".join(VIDEO)}, .gif, .npy and folders of images')
-    return Source(episodes, max(set(widths or [0]), key=widths.count), read_clip)
+class Dataset(NamedTuple):
+    reader: Callable  # (root, settings) -> Episodes
+    variable: str  # of the environment, that says where the files are; '' where --root and --name have to
+    about: str  # for --help
 
 
-def natural(s):
-    """A key that sorts 2 before 10."""
-    return [int(x) if x.isdecimal() else x for x in re.split(r'(\d+)', s)]
+DINO_PTH = 'obses/episode_{:03d}.pth'
 
-
-def images(folder):
-    return sorted((p for p in glob.glob(f'{glob.escape(folder)}/*') if p.lower().endswith(IMAGE)), key=natural)
-
-
-def is_number(text):
-    try:
-        float(text)
-        return True
-    except ValueError:
-        return False
-
-
-def load_actions(path):
-    """[T,A] of an .npy, or of a .csv with or without a line of names."""
-    if path.endswith('.npy'):
-        values = np.load(path, allow_pickle=False)
-    else:
-        with open(path, newline='', encoding='utf-8-sig') as f:
-            rows = [row for row in csv.reader(f) if row]
-        if not any(map(is_number, rows[0])):
-            rows = rows[1:]
-        values = np.array(rows, dtype=np.float32)
-    return values.reshape(len(values), -1)
-
-
-def load_image(path):
-    with Image.open(path) as image:
-        if image.mode.startswith('I'):
-            raise ValueError(f'{os.path.basename(path)} has 16 bits or more; expected 8')
-        return np.asarray(ImageOps.exif_transpose(image).convert('RGB'))
-
-
-def load_frames(path):
-    if os.path.isdir(path):
-        return np.stack([load_image(p) for p in images(path)])
-    if path.lower().endswith('.npy'):
-        return np.load(path, mmap_mode='r', allow_pickle=False)
-    if path.lower().endswith('.gif'):
-        return iio.imread(path, plugin='pillow', mode='RGB', index=None)
-    with extra('av').open(path) as f:
-        f.streams.video[0].thread_type = 'SLICE'  # threads over frames would swallow the error of a file cut short
-        return np.stack([np.rot90(frame.to_ndarray(format='rgb24'), frame.rotation // 90)  # a telephone held upright
-                         for frame in f.decode(video=0)])
-
-
-def count_frames(path):
-    if os.path.isdir(path):
-        return len(images(path))
-    if path.lower().endswith(VIDEO):  # its packets, as the header of a trimmed video counts what is not shown
-        with extra('av').open(path) as f:
-            return sum(p.size > 0 and not p.is_discard for p in f.demux(video=0))
-    return len(load_frames(path))
-
-
-def read_clip(key):
-    path, beside = key
-    frames, values = load_frames(path), load_actions(beside)
-    if len(values) == len(frames) - 1:  # nothing was done at the last frame
-        values = np.concatenate([values, values[-1:]])
-    if len(frames) != len(values):
-        raise ValueError(f'{len(frames)} frames, but {len(values)} actions in {os.path.basename(beside)}')
-    return np.asarray(frames), values
+DATASETS = {
+    'rt1': Dataset(lerobot, 'RT1_DATA_ROOT', 'RT-1, a robot arm'),
+    'csgo': Dataset(csgo, 'CSGO_DATA_DIR', 'Counter-Strike deathmatch'),
+    'dino_point_maze': Dataset(partial(dino_wm, 'point_maze', DINO_PTH), 'DATASET_DIR', 'of DINO-WM'),
+    'dino_wall': Dataset(partial(dino_wm, 'wall_single', DINO_PTH), 'DATASET_DIR', 'of DINO-WM'),
+    'dino_pusht': Dataset(dino_pusht, 'DATASET_DIR', 'of DINO-WM'),
+    'dino_rope': Dataset(partial(dino_wm, 'deformable/rope', '{:06d}/obses.pth'), 'DATASET_DIR', 'of DINO-WM'),
+    'dino_granular': Dataset(partial(dino_wm, 'deformable/granular', '{:06d}/obses.pth'), 'DATASET_DIR', 'of DINO-WM'),
+    'lerobot': Dataset(lerobot, '', 'any LeRobot dataset, v2.0 to v3.0'),
+    'clips': Dataset(clips, '', 'your recordings: videos, GIFs, arrays or folders of pictures, and their actions'),
+}

@@ -1,11 +1,11 @@
-"""The Stable Diffusion autoencoder: frames become latents of a 64th of the pixels, in which a world model is cheap.
+"""The Stable Diffusion autoencoder: latents have a 64th of the places that frames have pixels.
 
     vae = load_vae()                # pretrained/sd-vae-ft-mse/, or $VAE_MODEL_PATH
-    latents = vae.encode(frames)    # [B,F,3,256,256] in [-1,1] -> [B,F,4,32,32], about unit variance
+    latents = vae.encode(frames)    # [B,F,3,256,256] in [-1,1] -> [B,F,4,32,32] of unit variance
     frames = vae.decode(latents)
 
-A convolutional network that halves the picture three times, and its mirror image (Rombach et al. 2022, arXiv
-2112.10752). Modules carry the names of the published `diffusion_pytorch_model.safetensors`, so that loading is
+A convolutional network that halves the picture three times, and its mirror image (Rombach et al.
+2022, arXiv 2112.10752). Modules carry the names of the published weights, so that loading is
 load_state_dict. Read `VAE` first, then `encoder`, then `ResnetBlock`.
 """
 import os
@@ -19,20 +19,25 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from checkpoint import hub_file, load_weights
+from checkpoint import check_fit, check_numbers, hub_file, load_weights
+from configurator import UserError
 
 WIDTHS = (128, 256, 512, 512)  # channels at full, half, quarter and eighth resolution
 SCALE = 0.18215  # brings Stable Diffusion's latents to unit variance
-CPU_PIXELS, GPU_PIXELS = 2 ** 16, 2 ** 20  # at once: 1 or 16 frames of 256x256, at 64 MiB a frame's largest activation
-FILE, FOLDER = 'diffusion_pytorch_model.safetensors', 'pretrained/sd-vae-ft-mse'
-OLD_NAMES = {'query': 'to_q', 'key': 'to_k', 'value': 'to_v', 'proj_attn': 'to_out.0'}  # of attention, in older files
+# pixels at once: 1 or 16 frames of 256x256, of which the largest activation takes 64 MiB a frame
+CPU_PIXELS = 2 ** 16
+GPU_PIXELS = 2 ** 20
+FILE = 'diffusion_pytorch_model.safetensors'
+FOLDER = 'pretrained/sd-vae-ft-mse'
+# older files name the parts of attention otherwise
+OLD_NAMES = {'query': 'to_q', 'key': 'to_k', 'value': 'to_v', 'proj_attn': 'to_out.0'}
 
 conv3x3 = partial(nn.Conv2d, kernel_size=3, padding=1)
 group_norm = partial(nn.GroupNorm, 32, eps=1e-6)
 
 
 class ResnetBlock(nn.Module):
-    """Twice norm, SiLU, convolution, around a shortcut that is a 1x1 convolution where the width changes."""
+    """Twice norm, SiLU, convolution; the shortcut is a 1x1 convolution where the width changes."""
 
     def __init__(self, in_width, width):
         super().__init__()
@@ -40,10 +45,13 @@ class ResnetBlock(nn.Module):
         self.conv1 = conv3x3(in_width, width)
         self.norm2 = group_norm(width)
         self.conv2 = conv3x3(width, width)
-        self.conv_shortcut = nn.Identity() if in_width == width else nn.Conv2d(in_width, width, 1)
+        self.conv_shortcut = nn.Identity()
+        if in_width != width:
+            self.conv_shortcut = nn.Conv2d(in_width, width, 1)
 
     def forward(self, x):
-        h = F.silu(self.norm1(x), inplace=True)  # one name and in place: a 256x256 activation is freed once used
+        # one name and in place: an activation of 64 MiB is freed once it is used
+        h = F.silu(self.norm1(x), inplace=True)
         h = self.conv1(h)
         h = F.silu(self.norm2(h), inplace=True)
         h = self.conv2(h)
@@ -56,12 +64,15 @@ class Attention(nn.Module):
     def __init__(self, width):
         super().__init__()
         self.group_norm = group_norm(width)
-        self.to_q, self.to_k, self.to_v = (nn.Linear(width, width) for _ in range(3))
+        self.to_q = nn.Linear(width, width)
+        self.to_k = nn.Linear(width, width)
+        self.to_v = nn.Linear(width, width)
         self.to_out = nn.Sequential(nn.Linear(width, width))
 
     def forward(self, x):
         h = self.group_norm(x).flatten(2).transpose(1, 2)[:, None]  # [N, 1 head, h*w, C]
-        h = self.to_out(F.scaled_dot_product_attention(self.to_q(h), self.to_k(h), self.to_v(h)))
+        h = F.scaled_dot_product_attention(self.to_q(h), self.to_k(h), self.to_v(h))
+        h = self.to_out(h)
         return x + h.transpose(2, 3).reshape(x.shape)
 
 
@@ -72,7 +83,9 @@ class MidBlock(nn.Module):
         self.attentions = nn.ModuleList([Attention(width)])
 
     def forward(self, x):
-        return self.resnets[1](self.attentions[0](self.resnets[0](x)))
+        x = self.resnets[0](x)
+        x = self.attentions[0](x)
+        return self.resnets[1](x)
 
 
 class Downsample(nn.Module):
@@ -87,8 +100,8 @@ class Downsample(nn.Module):
 class Upsample(nn.Module):
     """Doubles the picture by repeating pixels, then convolves: here as one transposed convolution.
 
-    Of the 3x3 pixels under the kernel, those that repeat each other share a product, so 4 of 9 are left. The 4x4 kernel
-    is the 3x3 one convolved with the 2x2 block of ones that repeats a pixel.
+    Of the 3x3 pixels under the kernel, those that repeat each other share a product, so 4 of 9 are
+    left. The 4x4 kernel is the 3x3 one convolved with the 2x2 block of ones that repeats a pixel.
     """
 
     def __init__(self, width):
@@ -96,7 +109,8 @@ class Upsample(nn.Module):
         self.conv = conv3x3(width, width)
 
     def forward(self, x):
-        kernel = F.avg_pool2d(self.conv.weight.flip(2, 3), 2, stride=1, padding=1, divisor_override=1)  # sums of 2x2
+        flipped = self.conv.weight.flip(2, 3)
+        kernel = F.avg_pool2d(flipped, 2, stride=1, padding=1, divisor_override=1)  # sums of 2x2
         return F.conv_transpose2d(x, kernel.transpose(0, 1), self.conv.bias, stride=2, padding=1)
 
 
@@ -107,93 +121,144 @@ def named(**layers):
 
 def stage(in_width, width, depth, **resampler):
     """`depth` residual blocks at one resolution, then the way to the next."""
-    resnets = (ResnetBlock(width if i else in_width, width) for i in range(depth))
+    resnets = [ResnetBlock(in_width, width)]
+    resnets += [ResnetBlock(width, width) for _ in range(depth - 1)]
     return named(resnets=nn.Sequential(*resnets), **resampler)
+
+
+def down(in_width, width):
+    return stage(in_width, width, 2, downsamplers=nn.Sequential(Downsample(width)))
+
+
+def up(in_width, width):
+    return stage(in_width, width, 3, upsamplers=nn.Sequential(Upsample(width)))
 
 
 def encoder(a, b, c, d):
     """[N,3,H,W] -> [N,8,H/8,W/8]."""
     return named(
         conv_in=conv3x3(3, a),
-        down_blocks=nn.Sequential(stage(a, a, 2, downsamplers=nn.Sequential(Downsample(a))),
-                                  stage(a, b, 2, downsamplers=nn.Sequential(Downsample(b))),
-                                  stage(b, c, 2, downsamplers=nn.Sequential(Downsample(c))),
-                                  stage(c, d, 2)),
-        mid_block=MidBlock(d), conv_norm_out=group_norm(d), act=nn.SiLU(inplace=True), conv_out=conv3x3(d, 8))
+        down_blocks=nn.Sequential(down(a, a), down(a, b), down(b, c), stage(c, d, 2)),
+        mid_block=MidBlock(d),
+        conv_norm_out=group_norm(d),
+        act=nn.SiLU(inplace=True),
+        conv_out=conv3x3(d, 8))
 
 
 def decoder(a, b, c, d):
     """[N,4,h,w] -> [N,3,8h,8w]."""
     return named(
-        conv_in=conv3x3(4, d), mid_block=MidBlock(d),
-        up_blocks=nn.Sequential(stage(d, d, 3, upsamplers=nn.Sequential(Upsample(d))),
-                                stage(d, c, 3, upsamplers=nn.Sequential(Upsample(c))),
-                                stage(c, b, 3, upsamplers=nn.Sequential(Upsample(b))),
-                                stage(b, a, 3)),
-        conv_norm_out=group_norm(a), act=nn.SiLU(inplace=True), conv_out=conv3x3(a, 3))
+        conv_in=conv3x3(4, d),
+        mid_block=MidBlock(d),
+        up_blocks=nn.Sequential(up(d, d), up(d, c), up(c, b), stage(b, a, 3)),
+        conv_norm_out=group_norm(a),
+        act=nn.SiLU(inplace=True),
+        conv_out=conv3x3(a, 3))
 
 
 class VAE(nn.Module):
-    """Both halves and the 1x1 convolutions at the bottleneck; widths: channels at the four resolutions.
+    """Both halves and the 1x1 convolutions between them; widths: channels at the four resolutions.
 
-    encode and decode take any leading dimensions, compute without gradients in the dtype of the weights (also under
-    autocast: bf16 leaves coloured speckle) and give a result on their device. They work through the frames in chunks of
-    CPU_PIXELS or GPU_PIXELS, at least one frame: so much memory they need, however many frames there are.
+    encode and decode take any leading dimensions, compute without gradients in the dtype of the
+    weights (also under autocast: bf16 leaves coloured speckle) and give a result on their device.
+    They work through the frames in chunks of CPU_PIXELS or GPU_PIXELS, at least one frame: however
+    many frames there are, they need no more memory than that takes.
     """
 
     def __init__(self, widths=WIDTHS):
         super().__init__()
-        self.encoder, self.decoder = encoder(*widths), decoder(*widths)
-        self.quant_conv, self.post_quant_conv = nn.Conv2d(8, 8, 1), nn.Conv2d(4, 4, 1)
+        self.encoder = encoder(*widths)
+        self.decoder = decoder(*widths)
+        self.quant_conv = nn.Conv2d(8, 8, 1)
+        self.post_quant_conv = nn.Conv2d(4, 4, 1)
 
     def encode(self, frames):
-        """Frames [...,3,H,W] in [-1,1] -> latents [...,4,H/8,W/8]: the posterior's mean, times SCALE."""
+        """Frames [...,3,H,W] in [-1,1] -> latents [...,4,H/8,W/8]: the posterior's mean, times SCALE.
+
+        Raises UserError where 8 does not divide H and W.
+        """
         H, W = frames.shape[-2:]
         if H % 8 or W % 8:
-            raise ValueError(f'frames of {H}x{W}: the autoencoder needs a height and width that are multiples of 8')
-        return self._chunked(lambda x: self.quant_conv(self.encoder(x))[:, :4] * SCALE, frames, H * W)
+            raise UserError(f'frames of {H}x{W}: the autoencoder needs '
+                            'a height and width that are multiples of 8')
+
+        def encode_chunk(x):
+            mean = self.quant_conv(self.encoder(x))[:, :4]  # the other four are the log-variance
+            return mean * SCALE
+
+        return self.in_chunks(encode_chunk, frames, pixels=H * W)
 
     def decode(self, latents):
         """Latents [...,4,h,w] as encode gives them -> frames [...,3,8h,8w] in [-1,1]."""
+        def decode_chunk(z):
+            return self.decoder(self.post_quant_conv(z / SCALE)).clamp(-1, 1)
+
         h, w = latents.shape[-2:]
-        return self._chunked(lambda z: self.decoder(self.post_quant_conv(z / SCALE)).clamp(-1, 1), latents, 64 * h * w)
+        return self.in_chunks(decode_chunk, latents, pixels=64 * h * w)
 
     @torch.no_grad()
-    def _chunked(self, f, x, pixels):
-        weight, lead = self.quant_conv.weight, x.shape[:-3]
-        limit = CPU_PIXELS if weight.device.type == 'cpu' else GPU_PIXELS
+    def in_chunks(self, f, x, pixels):
+        """f of x [...,C,H,W], as many frames of so many pixels at a time as fit."""
+        weight, leading = self.quant_conv.weight, x.shape[:-3]
+        limit = GPU_PIXELS
+        if weight.device.type == 'cpu':
+            limit = CPU_PIXELS
+        chunks = x.reshape(leading.numel(), *x.shape[-3:]).split(max(1, limit // pixels))
+        out = []
         with torch.autocast(weight.device.type, enabled=False):
-            out = [f(part.to(weight).contiguous(memory_format=torch.channels_last))  # the faster layout on CPUs
-                   for part in x.reshape(lead.numel(), *x.shape[-3:]).split(max(1, limit // pixels))]
-        return torch.cat(out).contiguous().view(*lead, *out[0].shape[1:])
+            for chunk in chunks:
+                chunk = chunk.to(weight)
+                out.append(f(chunk.contiguous(memory_format=torch.channels_last)))  # faster on CPUs
+        return torch.cat(out).contiguous().view(*leading, *out[0].shape[1:])
+
+
+def find_vae(path=''):
+    """The file that a folder, file or hub id means. Raises UserError with the command to get it."""
+    path = str(path or os.environ.get('VAE_MODEL_PATH') or FOLDER)
+    is_hub_id = re.fullmatch(r'\w[\w.-]*/[\w.-]+(?<!\.safetensors)', path) and path != FOLDER
+    if is_hub_id and not os.path.exists(path):
+        path = hub_file(path, (FILE,))
+    if os.path.isdir(path):
+        path = os.path.join(path, FILE)
+    if not os.path.isfile(path):
+        raise UserError(
+            f'no autoencoder at {path}: check the path and $VAE_MODEL_PATH, or unset both and run '
+            f'hf download stabilityai/sd-vae-ft-mse {FILE} --local-dir {FOLDER}')
+    return path
+
+
+def with_new_names(state):
+    """The tensors of an older file under the names of today's, and attention's as matrices."""
+    renamed = {}
+    for name, x in state.items():
+        for old, new in OLD_NAMES.items():
+            name = name.replace(f'.{old}.', f'.{new}.')
+        if '.attentions.' in name and x.ndim == 4:  # stored as a 1x1 convolution
+            x = x.flatten(1)
+        renamed[name] = x
+    return renamed
 
 
 def load_vae(path='', device='cpu'):
-    """The VAE of a folder, a .safetensors file or a hub id (owner/name), in eval mode, as fp32 on `device`.
+    """The VAE of a folder, a .safetensors file or a hub id (owner/name), in eval mode, as fp32.
 
-    '' is $VAE_MODEL_PATH, or else pretrained/sd-vae-ft-mse/. Raises FileNotFoundError with the command that downloads
-    it, and ValueError with the tensors that are missing, unexpected or of another shape.
+    '' is $VAE_MODEL_PATH, or else pretrained/sd-vae-ft-mse/. Raises UserError with the command that
+    downloads it, or with the tensors that are missing, unexpected or of another shape.
     """
-    path = str(path or os.environ.get('VAE_MODEL_PATH') or FOLDER)
-    hub_id = re.fullmatch(r'\w[\w.-]*/[\w.-]+(?<!\.safetensors)', path) and path != FOLDER
-    if hub_id and not os.path.exists(path):
-        path = hub_file(path, (FILE,))
-    path = os.path.join(path, FILE) if os.path.isdir(path) else path
-    if not os.path.exists(path):
-        raise FileNotFoundError(f'no autoencoder at {path}: check the path and $VAE_MODEL_PATH, or unset both and run '
-                                f'hf download stabilityai/sd-vae-ft-mse {FILE} --local-dir {FOLDER}')
+    path = find_vae(path)
     try:
-        state = load_file(path)
+        state = with_new_names(load_file(path))
     except (SafetensorError, OSError) as e:
-        raise ValueError(f'{path} is not a readable safetensors file ({e}); download it again') from e
-    for old, new in OLD_NAMES.items():
-        state = {k.replace(f'.{old}.', f'.{new}.'): v for k, v in state.items()}
-    # some of those files store attention's Linears as 1x1 convolutions
-    state = {k: v.flatten(1) if '.attentions.' in k and v.ndim == 4 else v for k, v in state.items()}
+        raise UserError(f'{path} is no readable safetensors file ({e}); download it again') from e
+    check_numbers(state, path)
 
-    widths = [len(state.get(f'encoder.down_blocks.{i}.resnets.0.conv1.weight', ())) for i in range(4)]
+    names = [f'encoder.down_blocks.{i}.resnets.0.conv1.bias' for i in range(4)]
+    widths = [state[name].numel() for name in names if name in state]
+    if len(widths) < 4 or any(width == 0 or width % 32 for width in widths):
+        widths = WIDTHS  # then check_fit says what is wrong
     with torch.device('meta'):  # no initialisation
-        vae = VAE(widths if all(w and w % 32 == 0 for w in widths) else WIDTHS)
+        vae = VAE(widths)
+    check_fit(vae, state, path)
     vae.to_empty(device=device).to(memory_format=torch.channels_last)
     load_weights(vae, state, path)
     return vae.eval().requires_grad_(False)

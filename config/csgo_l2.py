@@ -1,11 +1,8 @@
 # CSGO with NanoWM-L/2: 50k steps on 8 GPUs (--max_steps=100000 is the longer run).
-import os
-
 from config.rt1_b2 import *
 
-_results = os.environ.get('RESULTS_DIR', '')
-out_dir = os.path.join(_results, 'out/csgo_l2')
-dataset = os.path.join(_results, 'data/csgo')
+out_dir = 'out/csgo_l2'
+dataset = 'data/csgo'
 num_frames = 16
 context_frames = 4
 action_dim = 51  # 11 keys, 2 clicks, 23 + 15 bins of mouse movement, one-hot

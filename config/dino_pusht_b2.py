@@ -1,11 +1,8 @@
 # DINO-WM PushT with NanoWM-B/2: 100k steps on 8 GPUs (--max_steps=30000 is the injection ablation).
-import os
-
 from config.rt1_b2 import *
 
-_results = os.environ.get('RESULTS_DIR', '')
-out_dir = os.path.join(_results, 'out/dino_pusht_b2')
-dataset = os.path.join(_results, 'data/dino_pusht')
+out_dir = 'out/dino_pusht_b2'
+dataset = 'data/dino_pusht'
 frame_interval = 5
 action_dim = 2  # relative, a hundredth of the pixels moved
 normalize_action = True

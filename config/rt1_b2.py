@@ -1,11 +1,8 @@
 # RT-1 with NanoWM-B/2: the reference arm of the ablations (v, additive, 50k steps), on 8 GPUs:
 #   torchrun --nproc_per_node=8 train.py config/rt1_b2.py
-import os
-
-_results = os.environ.get('RESULTS_DIR', '')
-out_dir = os.path.join(_results, 'out/rt1_b2')
-dataset = os.path.join(_results, 'data/rt1')
-frame_shape = (4, 32, 32)
+out_dir = 'out/rt1_b2'
+dataset = 'data/rt1'
+frame_shape = (4, 32, 32)  # latents of 256x256 pixels
 action_dim = 7  # the end effector's x, y, z, roll, pitch, yaw, and the gripper
 normalize_action = True
 model_size = 'B'

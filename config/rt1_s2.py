@@ -1,7 +1,5 @@
 # RT-1 with NanoWM-S/2: the scale ablation, 50k steps on 8 GPUs.
-import os
-
 from config.rt1_b2 import *
 
-out_dir = os.path.join(os.environ.get('RESULTS_DIR', ''), 'out/rt1_s2')
+out_dir = 'out/rt1_s2'
 model_size = 'S'

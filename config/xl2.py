@@ -1,6 +1,4 @@
-# Size XL with patches of 2 (NanoWM-XL/2): add it after another config, as in
-#   python train.py config/wall.py config/xl2.py --out_dir=out/wall_xl2
+# Size XL with patches of 2 (NanoWM-XL/2), to be added after another config like s2.py.
+from config.s2 import *
+
 model_size = 'XL'
-patch_size = 2
-learning_rate = 1e-4
-warmup_steps = 1000

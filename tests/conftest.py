@@ -10,6 +10,8 @@ import sys
 import pytest
 from torch import library
 
+from configurator import UserError
+
 try:
     import torchvision  # noqa: F401
 except ImportError:
@@ -43,6 +45,8 @@ def inline(*args, code=0):
             runpy.run_path(sys.argv[0], run_name='__main__')
     except SystemExit as e:
         message = e.code
+    except UserError as e:  # what sys.excepthook makes one line of
+        message = str(e)
     finally:
         sys.argv, folder = before
         os.chdir(folder)

@@ -1,4 +1,4 @@
-"""Small datasets in the published formats, written by each format's own library: kind -> (folder, truth)."""
+"""Small datasets in the published formats, written by each format's own library; and a tiny VAE to encode them."""
 import csv
 import json
 import os
@@ -8,6 +8,9 @@ import shutil
 import imageio.v3 as iio
 import numpy as np
 import torch
+from safetensors.torch import save_file
+
+from vae import VAE
 
 GOLDEN = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'golden', 'lerobot')
 
@@ -26,6 +29,18 @@ def episodes(lengths, action_dim, **size):
     rng = np.random.default_rng(len(lengths))
     return [(film(n, seed=i, **size), rng.normal(size=(n, action_dim)).astype(np.float32))
             for i, n in enumerate(lengths)]
+
+
+def load_split(out, split):
+    """(frames, actions, rows at which episodes begin and the last one ends) of a prepared dataset."""
+    return [np.load(f'{out}/{split}/{name}.npy') for name in ('frames', 'actions', 'episodes')]
+
+
+def tiny_vae(folder):
+    torch.manual_seed(0)
+    os.makedirs(folder)
+    save_file(VAE((32, 32, 32, 32)).state_dict(), f'{folder}/diffusion_pytorch_model.safetensors')
+    return str(folder)
 
 
 def write_video(path, frames, codec='libx264'):

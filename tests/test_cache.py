@@ -1,11 +1,9 @@
 """Truths about sampling for less: the cached path, the second-order solver, the grids, and bench.py."""
-import json
 import math
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import error, run
 from test_diffusion import PREDS
 from test_model import tiny
 
@@ -47,7 +45,7 @@ def test_cached_equals_plain_under(options, injection):
 @pytest.mark.parametrize('context', [4, 5])
 def test_cached_equals_plain_when_frames_enter_a_few_at_a_time(monkeypatch, context):
     model = tiny(injection='cross_attention', num_frames=7)
-    monkeypatch.setattr('diffusion.CPU_PATCHES', 2 * 2 * model.pos_embed.shape[1])  # two frames of two clips
+    monkeypatch.setattr('cache.CPU_PATCHES', 2 * 2 * model.pos_embed.shape[1])  # two frames of two clips
     assert_cached_equals_plain(model, Diffusion('v'), num_frames=11, context=context)
 
 
@@ -118,8 +116,11 @@ def test_grids_fall_from_noise_to_clean(pred):
         for steps in (1, 2, 3, 7, 50, 999, 1000):
             t = d.timesteps(steps, grid)
             assert len(t) == steps + 1 and t[0] == 999 and t[-1] == -1 and (t.diff() < 0).all()
+
+
+def test_an_unknown_grid_is_refused():
     with pytest.raises(ValueError, match='grid'):
-        d.timesteps(4, 'cosine')
+        roll(tiny(), Diffusion('v'), True, grid='cosine')
 
 
 def test_a_model_that_sees_the_future_takes_the_plain_way():
@@ -131,16 +132,3 @@ def test_an_unknown_solver_is_refused():
     for options in (dict(solver='heun'), dict(solver='dpmpp', eta=1.0)):
         with pytest.raises(ValueError, match='solver'):
             roll(tiny(), Diffusion('v'), True, **options)
-
-
-def test_bench_measures_a_config_it_was_not_written_for(wall, tmp_path):
-    args = ['bench.py', 'config/wall.py', f'--dataset={wall}', '--device=cpu', '--repeats=1', '--hidden_size=32',
-            '--patch_size=4', '--depth=2', '--cem_rollouts=2', '--cem_frames=2', f'--out={tmp_path}/bench.json']
-    run(*args)
-    with open(tmp_path / 'bench.json') as f:
-        result = json.load(f)
-    assert {'train_share_of_matmul', 'data', 'rollout_speedup', 'one_frame', 'cem_speedup'} <= result.keys()
-    assert max(v for k, v in result.items() if 'difference' in k) < 1e-4
-    # each ends in one line that names the key
-    for bad in ('--mode=speed', '--context_frames=9', '--injection=y'):
-        assert bad[2:].split('=')[0] in error(*args, bad)

@@ -3,7 +3,7 @@ import pytest
 import torch
 from test_model import inputs, tiny
 
-from diffusion import SCHEDULES, Diffusion, alpha_bar_table
+from diffusion import SCHEDULES, Diffusion
 
 PREDS = ('epsilon', 'x', 'v', 'flow')
 
@@ -39,7 +39,7 @@ def test_each_frame_is_weighted_by_its_own_snr():
     x0, t = torch.zeros(1, 2, 1, 2, 2), torch.tensor([[3, 900]])
     noise = torch.ones_like(x0)
     model = lambda x, t, a: torch.zeros_like(x)  # noqa: E731
-    ab = alpha_bar_table('squaredcos_cap_v2', True)[t[0]]
+    ab = d.alphas_cumprod[t[0]]
     snr = ab / (1 - ab)
     want = (ab * torch.clamp(snr, max=5) / snr).mean()  # the error of v is alpha * noise
     assert torch.allclose(d.loss(model, x0, t=t, noise=noise).double(), want)
@@ -65,7 +65,7 @@ def test_a_rollout_is_determined_by_its_noise(schedule, num_frames):
     model, d = tiny(), Diffusion('v')
     x = torch.randn(2, num_frames, 3, 8, 12)
     action = torch.randn(2, num_frames, 3)
-    roll = lambda **o: d.sample(model, x[:, :2], action, num_frames, 3, schedule, noise=x, context_noise=x,  # noqa: E731
+    roll = lambda **o: d.sample(model, x[:, :2], action, num_frames, 3, schedule=schedule, noise=x, context_noise=x,  # noqa: E731
                                 **o)
     first = roll()
     assert first.shape == x.shape and torch.equal(first[:, :2], x[:, :2]) and torch.isfinite(first).all()
@@ -118,3 +118,17 @@ def test_a_model_overfits_one_clip():
         optimizer.step()
         losses.append(loss.item())
     assert sum(losses[-20:]) < 0.3 * sum(losses[:20])
+
+
+@pytest.mark.parametrize('pred', PREDS)
+@pytest.mark.parametrize('eta', [0.0, 0.5, 1.0])
+def test_a_ddim_step_keeps_the_marginal_variance_whatever_eta(pred, eta):
+    """With x0 and eps known, x_s has signal alpha_s and noise of variance sigma_s^2."""
+    d = Diffusion(pred)
+    g = torch.Generator().manual_seed(0)
+    torch.manual_seed(1)  # of the fresh noise
+    eps = torch.randn(1, 1, 1, 200, 500, generator=g)
+    x0, t, s = torch.ones_like(eps), torch.tensor([[700]]), torch.tensor([[300]])
+    x_s, _ = d.ddim_step(d.add_noise(x0, t, eps), t, s, d.target(x0, t, eps), eta=eta)
+    alpha, sigma = d.path(s)
+    assert abs(x_s.mean() - alpha.item()) < 0.01 and abs(x_s.std() / sigma.item() - 1) < 0.01

@@ -62,7 +62,7 @@ def test_noising_loss_and_ddim_step_equal_reference(pred):
         ours = d.loss(lambda x, t, a, clip=clip: out[clip], x0[clip], t=t[clip], noise=eps[clip])
         assert_close(ours, g[f'{pred}.mse_per_sample'][b], 1e-5)
     curr, after = g['ddim.curr_t'], g['ddim.next_t']
-    assert_close(d.step(x0, curr, after, out), g[f'{pred}.ddim.sample'], 2e-4)
+    assert_close(d.ddim_step(x0, curr, after, out)[0], g[f'{pred}.ddim.sample'], 2e-4)
     assert_close(d.invert(x0, curr, out)[0], g[f'{pred}.ddim.pred_x0'], 2e-4)
 
 
@@ -82,7 +82,7 @@ def test_rollout_equals_reference(name):
     model = build(weights, meta)
     d = Diffusion(meta['pred_name'], meta['noise_schedule'], meta['zero_terminal_snr'] == 'True')
     K, N = g['context'].shape[1], g['out'].shape[1]
-    ours = d.sample(model, g['context'], g['action'], N, int(meta['steps']), meta['schedule'],
-                    float(meta['stabilization']), noise=g['init_noise'], context_noise=g['context_noise'])
+    ours = d.sample(model, g['context'], g['action'], N, int(meta['steps']), schedule=meta['schedule'],
+                    stabilization=float(meta['stabilization']), noise=g['init_noise'], context_noise=g['context_noise'])
     assert torch.equal(ours[:, :K], g['context'])  # users get the clean context back
     assert_close(ours[:, K:], g['out'][:, K:], 1e-3)

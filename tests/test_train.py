@@ -1,5 +1,7 @@
 """Truths about training and the scripts around it, from the command line as a person would."""
+import glob
 import json
+import math
 import os
 import signal
 import subprocess
@@ -13,7 +15,12 @@ from conftest import ROOT, TRAIN, error, run
 from PIL import Image
 from safetensors.torch import load_file
 
-from checkpoint import load_model
+import configurator
+import run as run_module
+from checkpoint import load_model, read_checkpoint
+from data import random_dataset
+from diffusion import Diffusion
+from model import build_model
 
 
 def steps_of(out):
@@ -100,50 +107,78 @@ def test_all_that_can_be_switched_trains(wall, tmp_path):
         assert load_model(out)[1]['step'] == 3
 
 
-def test_each_mistake_gets_one_clear_line(wall, trained, tmp_path):
-    out = f'--out_dir={tmp_path / "run"}'
+@pytest.mark.parametrize('option, line', [
+    ('--context_frames=4', 'context_frames=4: expected 1 to num_frames - 1'),
+    ('--batch_size=0', 'command line: batch_size=0: expected >= 1'),
+    ('--snr_gamma=-1', 'snr_gamma=-1.0: expected >= 0'),
+    ('--gradient_clip_norm=-0.1', 'gradient_clip_norm=-0.1: expected >= 0'),
+    ('--ema_decay=nan', "expected float"),
+    ('--timestep_sampling=normal', "timestep_sampling='normal'"),
+    ('--device=tpu', "device='tpu' is not available here"),
+    ('--dtype=fp16', 'dtype=fp16 is for GPUs'),
+    ('--injection=add', "injection='add'"),
+    ('--pred_name=w', "pred_name='w'"),
+    ('--model_size=M', "model_size='M': expected one of S, B, L, XL"),
+    ('--patch_size=5', 'does not divide into patches'),
+    ('--fsdp=True', 'start them with torchrun'),
+    ('--resume=True', 'no checkpoint at'),
+    ('--init_from=nowhere', 'no checkpoint at'),
+    ('--dataset=nowhere/wall', 'python data.py wall'),
+    ('--max_steps=1.5', 'max_steps=1.5 is of the wrong type; expected int'),
+    ('--compile=yes', "compile='yes' is of the wrong type; expected bool"),
+    ('--batchsize=3', "command line: unknown key 'batchsize'; did you mean 'batch_size'?"),
+    ('config/nothing.py', 'config/nothing.py: no such config file'),
+    ('wall', "'wall': expected a config file"),
+])
+def test_a_wrong_setting_gets_one_line(wall, tmp_path, option, line):
+    assert line in error(*TRAIN, f'--dataset={wall}', f'--out_dir={tmp_path / "run"}', option)
+
+
+def test_epsilon_refuses_a_schedule_it_cannot_work_with(wall, tmp_path):
+    options = [*TRAIN, f'--dataset={wall}', f'--out_dir={tmp_path / "run"}', '--pred_name=epsilon']
+    assert 'epsilon needs noise_schedule=linear' in error(*options, '--zero_terminal_snr=true')
+
+
+def test_a_mistake_in_a_config_file_names_the_file(tmp_path):
     config = tmp_path / 'mine.py'
     config.write_text("pred_nam = 'x'\n")
     assert "mine.py: unknown key 'pred_nam'; did you mean 'pred_name'?" in error('train.py', str(config))
-    assert "command line: unknown key 'batchsize'; did you mean 'batch_size'?" in error('train.py', '--batchsize=3')
-    assert "max_steps='1.5' is of the wrong type; expected int" in error('train.py', '--max_steps=1.5')
-    assert "compile='yes' is of the wrong type; expected bool" in error('train.py', '--compile=yes')
-    assert 'no such config file' in error('train.py', 'config/nothing.py')
-    assert 'expected a config file' in error('train.py', 'wall')
-    assert 'python data.py wall' in error('train.py', f'--dataset={tmp_path}/wall', out)
-    options = [*TRAIN, f'--dataset={wall}', out]
-    assert 'context_frames=4: expected 1 to num_frames - 1' in error(*options, '--context_frames=4')
-    assert 'batch_size=0: expected 1 or more' in error(*options, '--batch_size=0')
-    assert "timestep_sampling='normal'" in error(*options, '--timestep_sampling=normal')
-    assert "device='tpu' is not available here" in error(*options, '--device=tpu')
-    assert "injection='add'" in error(*options, '--injection=add')
-    assert 'epsilon needs noise_schedule=linear' in error(*options, '--pred_name=epsilon', '--zero_terminal_snr=true')
-    assert 'does not divide into patches' in error(*options, '--patch_size=5')
-    assert 'no checkpoint at' in error(*options, '--resume=True')
-    assert 'no checkpoint at' in error('sample.py', f'--ckpt={tmp_path}')
-    assert 'history=9: expected 1 to 3' in error('sample.py', f'--ckpt={trained}', '--history=9')
-    assert 'expected gif or mp4' in error('sample.py', f'--ckpt={trained}', '--format=avi')
-    assert 'not a readable .npy file' in error('sample.py', f'--ckpt={trained}', f'--actions={config}')
-    for split in ('train', 'val'):
-        (tmp_path / 'big' / split).mkdir(parents=True)
-        for name, array in (('frames', np.zeros((9, 3, 20, 20), np.uint8)), ('actions', np.zeros((9, 2), np.float32)),
-                            ('episodes', np.array([0, 9]))):
-            np.save(tmp_path / 'big' / split / f'{name}.npy', array)
-    (tmp_path / 'big' / 'meta.json').write_text('{}')
-    other = [f'--ckpt={trained}', f'--dataset={tmp_path / "big"}', '--num_frames=4']
-    for script in ('sample.py', 'evaluate.py'):
-        assert 'do not fit the model' in error(script, *other)
+
+
+def test_a_script_prints_a_mistake_as_one_line():
+    done = subprocess.run([sys.executable, 'train.py', '--batch_size=0'], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr == 'command line: batch_size=0: expected >= 1\n'
+
+
+@pytest.mark.parametrize('option, line', [
+    ('--history=9', 'history=9: expected 1 to 3'),
+    ('--format=avi', 'expected gif or mp4'),
+    ('--actions=sample.py', 'not a readable .npy file'),
+    ('--num_frames=1', 'num_frames=1: expected >= 2'),
+    ('--context_frames=20', 'context_frames=20: expected fewer than num_frames=16'),
+    ('--schedule=diagonal', "schedule='diagonal': expected one of sequential"),
+    ('--ckpt=nowhere', 'no checkpoint at'),
+])
+def test_sample_says_what_is_wrong(trained, tmp_path, option, line):
+    assert line in error('sample.py', f'--ckpt={trained}', f'--out={tmp_path}/a.gif', option)
+
+
+@pytest.mark.parametrize('script', ['sample.py', 'evaluate.py'])
+def test_a_dataset_of_another_size_is_refused(trained, tmp_path, script):
+    other = random_dataset(tmp_path / 'big', (3, 20, 20), action_dim=2, rows=9)
+    assert 'do not fit the model' in error(script, f'--ckpt={trained}', f'--dataset={other}', '--num_frames=4')
+
+
+def test_a_checkpoint_of_another_shape_is_not_resumed_and_not_lost(wall, trained):
     wide = [*TRAIN, f'--dataset={wall}', f'--out_dir={trained}', '--resume=True', '--hidden_size=64']
     assert 'does not fit this model' in error(*wide)
-    corrupt = tmp_path / 'corrupt.safetensors'
-    corrupt.write_bytes(b'not a checkpoint')
-    assert 'not a readable safetensors file' in error('evaluate.py', f'--ckpt={corrupt}')
-    assert load_model(trained)[1]['step'] == 8  # and nothing was lost
+    assert load_model(trained)[1]['step'] == 8
 
 
 def test_help_prints_every_key_with_its_comment():
     for script, line in (('train.py', '--gradient_clip_norm=0.1'), ('sample.py', '--num_clips=6'),
-                         ('evaluate.py', '--num_clips=256'), ('data.py', '--episodes=0')):
+                         ('sample.py', '--stabilization=0.02'), ('evaluate.py', '--num_clips=256'),
+                         ('data.py', '--episodes=0')):
         assert line in run(script, '--help')
 
 
@@ -171,3 +206,60 @@ def test_sample_writes_a_video_of_any_length(trained, tmp_path):
     if pytest.importorskip('imageio_ffmpeg'):
         run('sample.py', f'--ckpt={trained}', f'--out={mp4}', '--num_frames=3', '--num_clips=1')
         assert os.path.getsize(mp4) > 500
+
+
+# -----------------------------------------------------------------------------
+# formulas and configs
+
+def test_the_learning_rate_warms_up_and_follows_a_cosine(wall, tmp_path):
+    run(*TRAIN, f'--dataset={wall}', f'--out_dir={tmp_path}', '--max_steps=12', '--warmup_steps=4', '--log_every=1',
+        '--learning_rate=1e-3', '--min_lr=1e-4', '--val_every=0')
+    with open(tmp_path / 'log.jsonl') as f:
+        rates = [json.loads(line)['lr'] for line in f]
+    warm = [1e-3 * n / 4 for n in (1, 2, 3, 4)]
+    cosine = [1e-4 + 9e-4 * (1 + math.cos(math.pi * n / 8)) / 2 for n in range(8)]
+    assert rates == pytest.approx(warm + cosine)
+
+
+def test_the_average_follows_its_formula(wall, tmp_path):
+    options = [*TRAIN, f'--dataset={wall}', '--max_steps=3', '--keep_every=1', '--val_every=0']
+    run(*options, f'--out_dir={tmp_path}/run')
+    steps = [read_checkpoint(f'{tmp_path}/run/step_{n:07d}.safetensors', train=True)[0] for n in (1, 2, 3)]
+    for before, after, n in zip(steps, steps[1:], (1, 2), strict=False):
+        decay = min(0.999, (1 + n) / (10 + n))
+        for k in (k for k in after if not k.startswith('train.')):
+            want = decay * before[k] + (1 - decay) * after[f'train.model.{k}']
+            assert torch.allclose(after[k], want, atol=1e-6), k
+
+
+@pytest.mark.parametrize('path', sorted(glob.glob(os.path.join(ROOT, 'config', '*.py'))), ids=os.path.basename)
+def test_every_config_loads_and_builds(path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    defaults = configurator.read_settings(train_namespace())
+    values = {key: setting.default for key, setting in defaults.items()}
+    for key, value in configurator.run_config_file(path).items():
+        values[key] = configurator.checked(key, value, defaults, path)
+    shape = values['frame_shape'] if values['model_size'] else (3, 64, 64)
+    with torch.device('meta'):
+        build_model(values, shape, values['action_dim'] * values['frame_interval'])
+    Diffusion(values['pred_name'], values['noise_schedule'], values['zero_terminal_snr'])
+
+
+def train_namespace():
+    """train.py's settings with nothing run: the globals that its settings block alone makes."""
+    path = os.path.join(ROOT, 'train.py')
+    with open(path) as f:
+        block = configurator.BLOCK.search(f.read())[1]
+    namespace = {'__file__': path}
+    exec(block, namespace)
+    return namespace
+
+
+@pytest.mark.parametrize('path', sorted(glob.glob(os.path.join(ROOT, 'config', 'published', '*.py'))),
+                         ids=os.path.basename)
+def test_every_published_checkpoint_says_what_its_file_cannot(path):
+    values = configurator.run_config_file(path)
+    settings = configurator.read_settings(vars(run_module))
+    for key, value in values.items():
+        configurator.checked(key, value, settings, path)
+    assert {'ckpt', 'dataset', 'pred_name', 'frame_interval', 'context_frames', 'num_steps'} <= values.keys()

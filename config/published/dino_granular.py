@@ -1,0 +1,8 @@
+# The reference's checkpoint of DINO-WM Granular, 15k steps: what its file does not say. For sample.py and evaluate.py.
+ckpt = 'knightnemo/nanowm-b2-dino-wm-granular-15k'
+dataset = 'data/dino_granular'
+pred_name = 'v'
+frame_interval = 1
+context_frames = 1
+normalize_action = False
+num_steps = 250

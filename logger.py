@@ -1,0 +1,67 @@
+"""Where training's numbers go: log.jsonl always, TensorBoard if it is installed, Weights & Biases if asked for."""
+import contextlib
+import json
+import os
+
+from configurator import UserError
+from machine import RANK
+
+
+def lines_until(path, step):
+    """The whole lines of a log up to that step: what was logged after the checkpoint will be logged again."""
+    if not os.path.exists(path):
+        return []
+    kept = []
+    with open(path) as f:
+        for line in f:
+            with contextlib.suppress(ValueError, KeyError, TypeError):  # a kill may have cut a line short
+                if line.endswith('\n') and json.loads(line)['step'] <= step:
+                    kept.append(line)
+    return kept
+
+
+class Logger:
+    """Logs on the first of several processes; on the others it does nothing."""
+
+    def __init__(self, out_dir, config, step, wandb_project=''):
+        """step: where the run goes on. wandb_project: '' is without Weights & Biases."""
+        self.path, self.board, self.wandb = os.path.join(out_dir, 'log.jsonl'), None, None
+        self.silent = RANK > 0
+        if self.silent:
+            return
+        lines = lines_until(self.path, step)
+        with open(f'{self.path}.tmp', 'w') as f:
+            f.writelines(lines)
+        os.replace(f'{self.path}.tmp', self.path)
+        with open(os.path.join(out_dir, 'config.json'), 'w') as f:
+            json.dump(config, f, indent=1)
+        with contextlib.suppress(ImportError):
+            from torch.utils.tensorboard import SummaryWriter
+            self.board = SummaryWriter(os.path.join(out_dir, 'tb'), purge_step=step + 1)
+        if wandb_project:
+            try:
+                import wandb
+            except ImportError as e:
+                raise UserError('--wandb=True needs it: pip install wandb') from e
+            name = os.path.basename(os.path.normpath(out_dir))
+            self.wandb = wandb.init(project=wandb_project, name=name, id=name, config=config, resume='allow')
+
+    def log(self, step, **values):
+        if self.silent:
+            return
+        with open(self.path, 'a') as f:
+            f.write(json.dumps({'step': step, **values}) + '\n')
+        if self.board:
+            for key, value in values.items():
+                self.board.add_scalar(key, value, step)
+        if self.wandb:
+            self.wandb.log(values, step=step)
+
+    def picture(self, step, picture):
+        """picture: uint8 [H,W,3]."""
+        if self.board:
+            self.board.add_image('dream', picture, step, dataformats='HWC')
+
+    def close(self):
+        if self.board:
+            self.board.close()

@@ -1,0 +1,173 @@
+"""The machine: which process am I, on what device, in which precision, and how fast is it?"""
+import contextlib
+import functools
+import os
+import platform
+import time
+
+import torch
+import torch.distributed as dist
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, init_device_mesh
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
+
+from configurator import UserError
+
+# who am I among the processes that torchrun started? One process alone is rank 0 of 1
+RANK = int(os.environ.get('RANK', 0))
+LOCAL_RANK = int(os.environ.get('LOCAL_RANK', 0))
+WORLD_SIZE = int(os.environ.get('WORLD_SIZE', 1))
+RESTARTS = int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0))
+
+DTYPES = {'fp32': torch.float32, 'bf16': torch.bfloat16, 'fp16': torch.float16}
+
+
+def under_results(path):
+    """Where a relative path of data/ or out/ lies: $RESULTS_DIR moves both to another disk."""
+    return os.path.normpath(os.path.join(os.environ.get('RESULTS_DIR', ''), path))
+
+
+def pick_device(name=''):
+    """The device of that name, or the best there is; under torchrun each process gets a GPU of its own."""
+    best = 'cpu'
+    if torch.cuda.is_available():
+        best = 'cuda'
+    elif torch.backends.mps.is_available():
+        best = 'mps'
+    name = name or best
+    try:
+        if name == 'cuda':
+            torch.cuda.set_device(LOCAL_RANK)
+        return str(torch.empty(0, device=name).device)
+    except (RuntimeError, AssertionError, AttributeError) as e:
+        raise UserError(f'device={name!r} is not available here; try --device={best}') from e
+
+
+def pick_dtype(name, device):
+    """The name of the dtype to compute in: '' is bf16 on CUDA, else fp32."""
+    if not name:
+        return 'bf16' if torch.device(device).type == 'cuda' else 'fp32'
+    if name not in DTYPES:
+        raise UserError(f'dtype={name!r}: expected {", ".join(DTYPES)}')
+    if name == 'fp16' and torch.device(device).type == 'cpu':
+        raise UserError('dtype=fp16 is for GPUs; on a CPU use --dtype=bf16, or fp32')
+    return name
+
+
+def autocast(device, dtype):
+    """The context to compute in: matrix products in `dtype`, weights in fp32."""
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    # no cache of cast weights: each is used once a pass, and the copies would add up to a model where FSDP holds a part
+    return torch.autocast(torch.device(device).type, DTYPES[dtype], enabled=dtype != 'fp32', cache_enabled=False)
+
+
+# -----------------------------------------------------------------------------
+# several processes
+
+def join_processes(device='cpu', **options):
+    """Meet the other processes that torchrun started, if there are any."""
+    if WORLD_SIZE > 1:
+        dist.init_process_group('nccl' if device.startswith('cuda') else 'gloo', **options)
+
+
+def leave_processes():
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def barrier():
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def total(numbers):
+    """The sum over all processes of a tensor of numbers."""
+    if WORLD_SIZE > 1:
+        dist.all_reduce(numbers)
+    return numbers
+
+
+def largest(number, device):
+    """The largest that any process has of a whole number."""
+    number = torch.tensor(number, device=device)
+    if WORLD_SIZE > 1:
+        dist.all_reduce(number, dist.ReduceOp.MAX)
+    return int(number)
+
+
+def recompute_activations(model):
+    """Compute every block again in the backward pass, instead of keeping its activations."""
+    for block in model.blocks:
+        block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+
+
+def shard(model, device):
+    """FSDP: every process keeps a part of each block's weights, gradients and moments."""
+    mesh = init_device_mesh(torch.device(device).type, (WORLD_SIZE,))
+    for part in (*model.blocks, model):
+        fully_shard(part, mesh=mesh, reshard_after_forward=True)  # the root too: an EMA has no backward pass to cut it
+
+
+def distributed(net, device):
+    """DDP: every process has all weights, and they average their gradients."""
+    if WORLD_SIZE == 1 or isinstance(net, FSDPModule):
+        return net
+    ids = [torch.cuda.current_device()] if device.startswith('cuda') else None
+    return DistributedDataParallel(net, device_ids=ids, broadcast_buffers=False)
+
+
+def gradient_sync(net, wanted):
+    """A context for a backward pass, in which processes exchange gradients only if that is wanted."""
+    if isinstance(net, FSDPModule):
+        net.set_requires_gradient_sync(wanted)
+    elif isinstance(net, DistributedDataParallel) and not wanted:
+        return net.no_sync()
+    return contextlib.nullcontext()
+
+
+def whole(x):
+    """A tensor that FSDP may have cut among the processes, put together."""
+    return x.full_tensor() if isinstance(x, DTensor) else x
+
+
+# -----------------------------------------------------------------------------
+# speed
+
+def synchronize(device):
+    """Wait until the device has done what it was given."""
+    kind = torch.device(device).type
+    if kind == 'cuda':
+        torch.cuda.synchronize()
+    elif kind == 'mps':
+        torch.mps.synchronize()
+
+
+def seconds(f, device):
+    """How long f() takes, until the device has done it."""
+    synchronize(device)
+    start = time.perf_counter()
+    f()
+    synchronize(device)
+    return time.perf_counter() - start
+
+
+def matmul_rate(device, dtype='fp32', repeats=6):
+    """FLOP/s of a large matrix product, the yardstick for everything that is one: the best of `repeats`."""
+    n = 2048 if torch.device(device).type == 'cpu' else 8192
+    a = torch.randn(n, n, device=device, dtype=DTYPES[dtype])
+    return 2 * n ** 3 / min(seconds(lambda: a @ a, device) for _ in range(repeats))
+
+
+def name_of(device):
+    """What computes, in words."""
+    if torch.device(device).type == 'cuda':
+        return torch.cuda.get_device_name(device)
+    name = platform.machine()
+    if os.path.exists('/proc/cpuinfo'):
+        with open('/proc/cpuinfo') as f:
+            for line in f:
+                if line.startswith('model name'):
+                    name = line.split(':')[1].strip()
+                    break
+    return f'{name}, threads: {torch.get_num_threads()}'

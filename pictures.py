@@ -1,0 +1,146 @@
+"""What people see: dreams as videos and contact sheets, numbers as curves."""
+import math
+
+import imageio.v3 as iio
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from configurator import UserError
+
+RED, GREY, DARK = (230, 60, 50), (160, 160, 160), (40, 40, 40)
+LABEL, GAP, BAR = 52, 4, 4  # pixels: of a row's label, between frames, below each frame
+DASHES = ('solid', 'dashed', 'dotted', 'dashdot')
+
+
+def to_pixels(frames, vae=None):
+    """Frames [...,C,H,W] in [-1, 1], or latents with their VAE -> uint8 [...,H,W,3] on the CPU."""
+    if vae:
+        frames = vae.decode(frames)
+    pixels = ((frames.clamp(-1, 1) + 1) * 127.5).round().byte()
+    return pixels.movedim(-3, -1).cpu().numpy()
+
+
+def strip(label, frames, num_dreamed, min_size):
+    """A labelled row of frames uint8 [n,h,w,3]; under the last `num_dreamed` the bar is red.
+
+    Frames are enlarged to at least min_size, without smoothing: a pixel of the model stays a pixel.
+    """
+    n, h, w = frames.shape[:3]
+    scale = math.ceil(min_size / min(h, w))
+    h, w = h * scale, w * scale
+    row = Image.new('RGB', (LABEL + n * (w + GAP), h + BAR + GAP), 'white')
+    draw = ImageDraw.Draw(row)
+    draw.text((4, h / 2), label, fill=DARK, font=ImageFont.load_default(14), anchor='lm')
+    for i, frame in enumerate(frames):
+        left = LABEL + i * (w + GAP)
+        row.paste(Image.fromarray(frame).resize((w, h), Image.Resampling.NEAREST), (left, 0))
+        is_given = i < n - num_dreamed
+        draw.rectangle((left, h, left + w - 1, h + BAR - 1), fill=GREY if is_given else RED)
+    return np.asarray(row)
+
+
+def is_dream(label):
+    """Rows named dream, dream 1, dream 2, ... have the red bar where frames are not given."""
+    return label.startswith('dream')
+
+
+def side_by_side(rows, num_context, min_size=96):
+    """Video uint8 [T,H',W',3]: a row for each {label: uint8 [B,T,h,w,3]}, a column for each clip."""
+    num_frames = next(iter(rows.values())).shape[1]
+    video = []
+    for t in range(num_frames):
+        strips = []
+        for label, clips in rows.items():
+            dreamed = is_dream(label) and t >= num_context
+            strips.append(strip(label, clips[:, t], len(clips) * dreamed, min_size))
+        video.append(np.concatenate(strips))
+    return np.stack(video)
+
+
+def contact_sheet(rows, num_context=0, min_size=64):
+    """Picture uint8 [H',W',3]: clip by clip, a strip of frames for each {label: uint8 [B,T,h,w,3]}."""
+    num_clips, num_frames = next(iter(rows.values())).shape[:2]
+    strips = []
+    for i in range(num_clips):
+        for label, clips in rows.items():
+            num_dreamed = is_dream(label) * (num_frames - num_context)
+            strips.append(strip(label, clips[i], num_dreamed, min_size))
+        strips.append(np.full_like(strips[-1][:2 * GAP], 255))  # some air between clips
+    return np.concatenate(strips[:-1])
+
+
+def write_picture(path, picture):
+    """Write uint8 [H,W,3]."""
+    Image.fromarray(picture).save(path)
+
+
+def write_video(path, video, fps):
+    """Write uint8 [T,H,W,3] as a looping GIF, or as MP4 if the name says so (needs imageio-ffmpeg)."""
+    if not path.endswith('.mp4'):
+        iio.imwrite(path, video, duration=1000 / fps, loop=0)
+        return
+    try:
+        import imageio_ffmpeg  # noqa: F401
+    except ImportError as e:
+        raise UserError('writing MP4 needs an encoder: pip install imageio-ffmpeg, or use GIF') from e
+    height, width = video.shape[1:3]
+    video = video[:, :height // 2 * 2, :width // 2 * 2]  # H.264 wants even sides
+    iio.imwrite(path, video, fps=fps, codec='libx264', plugin='FFMPEG', macro_block_size=1)
+
+
+def plot(path, panels, ticks, xlabel='', log_ticks=False):
+    """Draw curves to a file; where matplotlib is missing, say so and go on.
+
+    panels: {title: {label: n values, or n pairs of a mean and its +-}}, one below the other.
+    ticks: n numbers, for curves, or n names, for points beside each other.
+    A label that is a pair (target, solver) has its colour by the first and its dash by the second.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        print(f'no {path}: plots need matplotlib: pip install matplotlib')
+        return
+    figure = Figure(figsize=(8, 3.8 * len(panels)), layout='constrained')
+    axes = figure.subplots(len(panels), squeeze=False)[:, 0]
+    for ax, (title, curves) in zip(axes, panels.items(), strict=True):
+        if isinstance(ticks[0], str):
+            draw_points(ax, curves)
+            ax.set_xticks(range(len(ticks)), ticks)
+        else:
+            draw_lines(ax, curves, ticks)
+        if log_ticks:
+            ax.set_xscale('log')
+            ax.set_xticks(ticks, ticks)
+            ax.minorticks_off()
+        ax.set(title=title, xlabel=xlabel)
+        ax.grid(axis='y', alpha=0.3)
+        ax.spines[['top', 'right']].set_visible(False)
+        ax.legend(frameon=False, loc='center left', bbox_to_anchor=(1, 0.5))
+    figure.savefig(path, dpi=120)
+
+
+def mean_and_error(values):
+    """Values [n] or [n,2] -> the means [n] and their +- [n], None where they have none."""
+    values = np.asarray(values, dtype=float).reshape(len(values), -1)
+    mean, error = values[:, 0], values[:, 1:].ravel()
+    return mean, error if error.any() else None
+
+
+def draw_points(ax, curves):
+    for i, (label, values) in enumerate(curves.items()):
+        mean, error = mean_and_error(values)
+        shift = 0.1 * (i - (len(curves) - 1) / 2)  # or error bars would lie on top of each other
+        ax.errorbar(np.arange(len(mean)) + shift, mean, error, fmt='o', capsize=3, label=label)
+
+
+def draw_lines(ax, curves, x):
+    colours, dashes = {}, {}  # of each name seen so far
+    marker = 'o' if len(x) <= 40 else ''
+    for label, values in curves.items():
+        names = label if isinstance(label, tuple) else (label,)
+        colour = colours.setdefault(names[0], f'C{len(colours)}')
+        dash = dashes.setdefault(names[1:], DASHES[len(dashes) % len(DASHES)])
+        mean, error = mean_and_error(values)
+        ax.errorbar(x, mean, error, color=colour, linestyle=dash, marker=marker, markersize=4,
+                    capsize=3, label=', '.join(names))
+    ax.xaxis.get_major_locator().set_params(integer=True)

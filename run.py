@@ -1,0 +1,161 @@
+"""A trained run, opened: its model, its diffusion, its settings, and the held-out clips that fit it.
+
+    model, diffusion, config = load_run('out/wall')
+    clips = held_out(model, config, num_frames=16)
+
+A checkpoint of ours knows how it was trained. One that train.py did not write has to be told dataset, pred_name,
+frame_interval and context_frames, on the command line or in a config file: config/published/ has the reference's.
+"""
+import os
+import tempfile
+from dataclasses import dataclass
+
+import torch
+
+from checkpoint import load_model
+from configurator import UserError
+from data import Clips
+from diffusion import Diffusion
+from machine import pick_device, pick_dtype, under_results
+from vae import load_vae
+
+# settings ---------------------------------------------------------------------
+# of every script that opens a run
+ckpt = 'out/wall'  # run folder, checkpoint file or Hugging Face id
+dataset = ''  # prepared dataset to start from; '' is the one the model was trained on
+context_frames = 0  # given frames; 0 is what the model was trained for [>= 0]
+num_steps = 0  # denoising steps per frame; 0 is the run's own [>= 0]
+schedule = 'sequential'  # sequential, full_sequence or pyramid
+stabilization = 0.02  # how noisy the known frames are shown, as a share of the timesteps [0 to 1]
+solver = 'ddim'  # or dpmpp: DPM-Solver++ 2M, of second order, for fewer steps
+eta = 0.0  # of ddim: 0 is deterministic, 1 is DDPM [>= 0]
+grid = 'linear'  # the steps' timesteps: evenly spaced in t, or logsnr
+history = 0  # frames kept as context when the window slides; 0 is all but one [>= 0]
+cache = True  # remember finished frames; False runs the whole window at every step, for the same dream
+vae = ''  # decodes latents: folder or file; '' is $VAE_MODEL_PATH or pretrained/sd-vae-ft-mse
+device = ''  # cpu, cuda, mps; '' is the best there is
+dtype = ''  # fp32, bf16 or fp16 autocast; '' is bf16 on CUDA, else fp32
+# what only a checkpoint that train.py did not write has to be told
+pred_name: str = None  # epsilon, x, v or flow
+frame_interval: int = None  # [>= 1]
+normalize_action: bool = None  # None is no
+injection: str = None  # adaln_fuse, if it is that: its weights look like those of additive
+causal: bool = None  # False, if time attention was not
+# ------------------------------------------------------------------------------
+SAMPLER = ('schedule', 'stabilization', 'solver', 'eta', 'grid', 'history', 'cache')
+TOLD = ('pred_name', 'frame_interval', 'normalize_action', 'injection', 'causal')
+
+
+@dataclass
+class OpenedRun:
+    """What a script needs of a run; frames and actions go to `device`, and are computed with in `dtype`."""
+    ckpt: str
+    model: torch.nn.Module
+    diffusion: Diffusion
+    config: dict  # train.py's settings, and action_scale
+    vae: torch.nn.Module  # decodes what the model dreams; None if that is pixels
+    device: str
+    dtype: str
+    dataset: str
+    context_frames: int
+    num_steps: int
+    sampler: dict  # options of Diffusion.sample
+
+    def held_out(self, num_frames):
+        return held_out(self.model, self.config, num_frames, self.dataset)
+
+
+def open_run(settings):
+    """The OpenedRun that the settings above name. Raises UserError."""
+    ckpt = settings['ckpt']
+    if os.path.exists(under_results(ckpt)):
+        ckpt = under_results(ckpt)
+    device = pick_device(settings['device'])
+    told = {key: settings[key] for key in TOLD}
+    model, diffusion, config = load_run(ckpt, device, settings['dataset'], settings['context_frames'], **told)
+    return OpenedRun(
+        ckpt=ckpt,
+        model=model,
+        diffusion=diffusion,
+        config=config,
+        vae=load_decoder(model, settings['vae']),
+        device=device,
+        dtype=pick_dtype(settings['dtype'], device),
+        dataset=settings['dataset'] or config['dataset'],
+        context_frames=settings['context_frames'] or config['context_frames'],
+        num_steps=settings['num_steps'] or config['sample_steps'],
+        sampler={key: settings[key] for key in SAMPLER})
+
+
+def load_run(ckpt, device='', dataset='', context_frames=0, **told):
+    """(model, diffusion, config) of a checkpoint; config is a dict of train.py's settings, with action_scale.
+
+    told: for a checkpoint that train.py did not write, TOLD's values. Raises UserError.
+    """
+    device = pick_device(device)
+    told = {key: value for key, value in told.items() if value is not None}
+    model, meta = load_model(ckpt, device, told.get('injection'), told.get('causal'))
+    if 'train' in meta:
+        if told:
+            raise UserError(f'{ckpt} knows how it was trained: leave out {" ".join(f"--{key}" for key in told)}')
+        config = meta['train'] | {'action_scale': meta['action_scale']}
+    else:
+        told |= {'context_frames': context_frames, 'dataset': dataset}
+        config = config_of_a_stranger(ckpt, model.config, told)
+    try:
+        diffusion = Diffusion(config['pred_name'], config['noise_schedule'], config['zero_terminal_snr'],
+                              snr_gamma=config['snr_gamma'])
+    except KeyError as e:
+        raise UserError(f'{ckpt} lacks {e} in its metadata: was it written by this train.py?') from e
+    return model, diffusion.to(device), config
+
+
+def config_of_a_stranger(ckpt, model_config, told):
+    """train.py's settings of a checkpoint that it did not write. Raises UserError where something has to be told."""
+    needed = ('pred_name', 'frame_interval', 'context_frames', 'dataset')
+    missing = [f'--{key}=' for key in needed if not told.get(key)]
+    if missing:
+        raise UserError(f'{ckpt} does not say how it was trained: add {" ".join(missing)}')
+    guessed = dict(injection=model_config.injection, causal=model_config.causal, normalize_action=False)
+    config = guessed | told
+    print(f'{ckpt}: taken to be trained with', *(f'--{key}={config[key]}' for key in guessed))
+    scale = Clips(under_results(config['dataset']), 'val', 1, normalize=config['normalize_action'])
+    native = dict(noise_schedule=None, zero_terminal_snr=None, snr_gamma=0.0, sample_steps=250)
+    return native | config | dict(num_frames=model_config.num_frames,
+                                  action_scale=(scale.mean.tolist(), scale.std.tolist()))
+
+
+def held_out(model, config, num_frames, dataset=''):
+    """Validation clips as the run saw them (interval, action scale), from its dataset or another that fits it."""
+    dataset = under_results(dataset or config['dataset'])
+    clips = Clips(dataset, 'val', num_frames, config['frame_interval'], config['action_scale'])
+    want = (model.config.in_channels, *model.config.input_size)
+    if clips.frames.shape[1:] != want or clips.action_dim != model.config.action_dim:
+        raise UserError(f'{dataset}: frames {clips.frames.shape[1:]} and {clips.action_dim} action numbers '
+                        f'do not fit the model, which takes {want} and {model.config.action_dim}')
+    return clips
+
+
+def load_decoder(model, path=''):
+    """The VAE that decodes what the model dreams, or None if it dreams pixels. Raises UserError."""
+    if model.config.in_channels == 3:
+        return None
+    return load_vae(path, model.pos_embed.device)
+
+
+def output_folder(ckpt):
+    """The folder for what is made with a checkpoint: its own, or out/<name> for a Hugging Face id."""
+    if os.path.isdir(ckpt):
+        return ckpt
+    if os.path.exists(ckpt):
+        return os.path.dirname(ckpt) or '.'
+    return under_results(f'out/{os.path.basename(ckpt)}')
+
+
+def make_folder(path):
+    """Make the folder if need be. Raises UserError now, before hours of work, if nothing can be written there."""
+    try:
+        os.makedirs(path, exist_ok=True)
+        tempfile.TemporaryFile(dir=path).close()
+    except OSError as e:
+        raise UserError(f'cannot write to {path}: {e.strerror}') from e

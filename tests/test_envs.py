@@ -1,0 +1,89 @@
+"""Truths about worlds."""
+import numpy as np
+import pytest
+
+from configurator import UserError
+from envs import WORLDS, Wall, make_world
+
+
+@pytest.fixture(params=WORLDS)
+def world(request):
+    if request.param == 'pusht':
+        pytest.importorskip('gym_pusht')
+    return make_world(request.param)
+
+
+def test_the_same_seed_is_the_same_episode(world):
+    def play(seed):
+        rng = np.random.default_rng(seed)
+        world.reset(seed)
+        frames = []
+        for _ in range(10):
+            frames.append(world.render(24))
+            world.step(world.explore(rng))
+        return np.stack(frames)
+
+    first = play(3)
+    assert first.dtype == np.uint8 and first.shape == (10, 3, 24, 24)
+    assert (first == play(3)).all()
+    assert (first != play(4)).any()
+    assert (first[0] != first[-1]).any()
+
+
+def test_what_follows_a_state_depends_on_it_alone(world):
+    other, rng = type(world)(), np.random.default_rng(0)
+    world.reset(1)
+    other.reset(2)
+    for _ in range(30):
+        world.step(world.explore(rng))
+    state = world.get_state()
+    world.set_state(state)
+    other.set_state(state)
+    for _ in range(10):
+        action = rng.uniform(-0.1, 0.1, world.action_dim)
+        assert world.step(action) == other.step(action)
+        assert (world.get_state() == other.get_state()).all()
+    assert (world.render(32) == other.render(32)).all()
+
+
+def test_actions_have_the_width_that_the_world_says(world):
+    world.reset(0)
+    action = world.explore(np.random.default_rng(0))
+    assert action.shape == (world.action_dim,) and action.dtype == np.float32
+
+
+def test_explorers_touch_things(world):
+    contacts = []
+    for seed in range(4):
+        world.reset(seed)
+        rng = np.random.default_rng([seed, 1])
+        contacts += [world.step(world.explore(rng)) for _ in range(world.steps)]
+    assert np.mean(contacts) > 0.15
+
+
+def test_an_unknown_world_is_refused_by_name():
+    with pytest.raises(UserError, match="'pong'.*wall"):
+        make_world('pong')
+
+
+def test_wall_and_border_stop_the_agent_and_the_door_does_not():
+    env = Wall()
+    env.set_state([0.3, 0.2, 0.7])  # door far below
+    assert not env.step([0.05, 0.0])
+    assert any([env.step([0.1, 0.0]) for _ in range(4)])
+    assert np.isclose(env.pos[0], 0.5 - env.HALF_WALL - env.RADIUS)
+    for _ in range(10):
+        env.step([0.0, -0.1])
+    assert np.isclose(env.pos[1], env.RADIUS)
+    env.set_state([0.3, 0.7, 0.7])
+    assert not any([env.step([0.1, 0.0]) for _ in range(4)])
+    assert np.isclose(env.pos[0], 0.7)
+
+
+def test_rendering_is_anti_aliased_and_the_same_picture_at_any_size():
+    env = Wall()
+    env.set_state([0.3, 0.52, 0.5])
+    big, small = env.render(128), env.render(32)
+    pooled = big.reshape(3, 32, 4, 32, 4).mean((2, 4))
+    assert np.abs(pooled - small).mean() < 1.5
+    assert len(np.unique(small[2])) > 8  # edges are blended

@@ -1,0 +1,196 @@
+"""Truths about preparing: whatever happens on the way, and whoever does it, the bytes are the same."""
+import fcntl
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, error, inline, run
+from raw import KINDS, film, load_split, save_pth, tiny_vae
+
+import envs
+from configurator import UserError
+from prepare import parse_size
+
+
+def contents(root):
+    return {path.relative_to(root): path.read_bytes() for path in root.rglob('*') if path.is_file()}
+
+
+@pytest.fixture
+def latent_wall(tmp_path, monkeypatch):
+    """The command that prepares 40 episodes of a DINO-WM set, of which one is broken, as latents of a tiny VAE."""
+    save_pth(f'{tmp_path}/wall_single/actions.pth', torch.randn(40, 24, 2))
+    for i in range(40):
+        save_pth(f'{tmp_path}/wall_single/obses/episode_{i:03d}.pth', torch.from_numpy(film(24, seed=i)))
+    (tmp_path / 'wall_single' / 'obses' / 'episode_007.pth').write_bytes(b'not a tensor')
+    monkeypatch.setenv('VAE_MODEL_PATH', tiny_vae(tmp_path / 'vae'))
+    return ['data.py', 'dino_wall', f'--root={tmp_path}', '--image_size=32', '--val_clips=3', '--val_frames=9']
+
+
+def test_collection_does_not_depend_on_the_number_of_workers(wall, tmp_path):
+    root = str(tmp_path / 'wall')
+    inline('data.py', 'wall', f'--out={root}', '--episodes=20', '--image_size=16', '--workers=0')
+    for split in ('train', 'val'):
+        for name in ('frames', 'actions', 'episodes'):
+            with open(f'{wall}/{split}/{name}.npy', 'rb') as a, open(f'{root}/{split}/{name}.npy', 'rb') as b:
+                assert a.read() == b.read()
+    assert not os.path.exists(root + '.partial')
+
+
+def test_what_is_there_is_not_overwritten(tmp_path):
+    (tmp_path / 'wall').mkdir()
+    line = error('data.py', 'wall', f'--out={tmp_path / "wall"}', '--episodes=2')
+    assert 'is there already' in line
+    assert not os.path.exists(f'{tmp_path / "wall"}.partial')
+
+
+def test_pusht_is_collected(tmp_path):
+    pytest.importorskip('gym_pusht')
+    inline('data.py', 'pusht', f'--out={tmp_path / "pusht"}', '--episodes=4', '--image_size=32', '--workers=0')
+    frames, actions, rows = load_split(tmp_path / 'pusht', 'train')
+    assert frames.shape == (600, 3, 32, 32) and actions.shape == (600, 2)
+    assert rows.tolist() == [0, 200, 400, 600]
+
+
+class Pendulum(envs.Wall):
+    about, steps, action_dim = 'a world with one number an action', 7, 1
+
+    def explore(self, rng):
+        return super().explore(rng)[:1]
+
+    def step(self, action):
+        return super().step([*action, 0])
+
+
+def test_a_world_is_one_class_in_one_table(tmp_path, monkeypatch):
+    monkeypatch.setitem(envs.WORLDS, 'pendulum', Pendulum)
+    inline('data.py', 'pendulum', f'--out={tmp_path / "out"}', '--episodes=3', '--image_size=16', '--workers=0')
+    frames, actions, rows = load_split(tmp_path / 'out', 'train')
+    assert frames.shape == (14, 3, 16, 16) and actions.shape == (14, 1) and rows.tolist() == [0, 7, 14]
+    assert 'pendulum' in error('data.py', 'pong')
+
+
+@pytest.mark.parametrize('by', [signal.SIGKILL, signal.SIGINT])
+def test_a_preparation_that_is_killed_goes_on_to_the_same_bytes(by, latent_wall, tmp_path):
+    whole, killed = tmp_path / 'whole', tmp_path / 'killed'
+    said = inline(*latent_wall, f'--out={whole}', '--workers=0')
+    assert 'episode_007.pth' in said and '1 broken' in said
+    job = subprocess.Popen([sys.executable, *latent_wall, f'--out={killed}', '--workers=1'], cwd=ROOT,
+                           stderr=subprocess.PIPE, text=True)
+
+    def parts():
+        partial = f'{killed}.partial'
+        return [name for name in os.listdir(partial) if name.endswith('.npz')] if os.path.isdir(partial) else []
+
+    while job.poll() is None and len(parts()) < 3:
+        time.sleep(0.002)
+    job.send_signal(by)
+    _, last_words = job.communicate(timeout=60)
+    assert 3 <= len(parts()) < 38 and not os.path.exists(killed)
+    if by == signal.SIGINT:
+        assert last_words.splitlines()[-1].startswith('interrupted; the same command goes on from')
+    # two processes go on, with another share each
+    run('-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', *latent_wall, f'--out={killed}')
+    assert contents(whole) == contents(killed)
+
+
+def test_a_kill_while_the_parts_are_joined_loses_nothing(latent_wall, tmp_path, monkeypatch):
+    inline(*latent_wall, f'--out={tmp_path / "whole"}', '--workers=0')
+
+    def die(*_):
+        raise OSError('no space left on device')
+
+    with monkeypatch.context() as patch:
+        patch.setattr(np.lib.format, 'write_array_header_1_0', die)
+        assert error(*latent_wall, f'--out={tmp_path / "killed"}', '--workers=0') == 'no space left on device'
+    inline(*latent_wall, f'--out={tmp_path / "killed"}', '--workers=0')
+    assert contents(tmp_path / 'whole') == contents(tmp_path / 'killed')
+
+
+def test_a_worker_that_dies_is_one_line(latent_wall, tmp_path):
+    job = subprocess.Popen([sys.executable, *latent_wall, f'--out={tmp_path / "out"}', '--workers=1'], cwd=ROOT,
+                           stderr=subprocess.PIPE, text=True)
+    while job.poll() is None and not os.path.exists(f'{tmp_path / "out"}.partial/000003.npz'):
+        time.sleep(0.002)
+    with open(f'/proc/{job.pid}/task/{job.pid}/children') as f:
+        children = [int(pid) for pid in f.read().split()]
+    for pid in children:
+        with open(f'/proc/{pid}/cmdline') as f:
+            if 'spawn_main' in f.read():
+                os.kill(pid, signal.SIGKILL)
+    _, last_words = job.communicate(timeout=60)
+    assert last_words.splitlines()[-1].startswith('a process that reads has died')
+
+
+@pytest.mark.parametrize('changed', ['--seed=1', '--val_frames=8'])
+def test_a_preparation_goes_on_with_the_same_settings_only(changed, latent_wall, tmp_path):
+    (tmp_path / 'out.partial').mkdir()
+    (tmp_path / 'out.partial' / 'begun.json').write_text('{"seed": 0, "val_frames": 9}')
+    assert changed.strip('-').split('=')[0] in error(*latent_wall, f'--out={tmp_path / "out"}', changed)
+
+
+def test_the_second_of_two_preparations_at_once_is_refused(latent_wall, tmp_path):
+    (tmp_path / 'out.partial').mkdir()
+    with open(tmp_path / 'out.partial' / 'lock', 'w') as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert 'being prepared by another process' in error(*latent_wall, f'--out={tmp_path / "out"}')
+
+
+def test_validation_of_latents_is_cut_to_stretches_with_their_pixels(latent_wall, tmp_path):
+    inline(*latent_wall, f'--out={tmp_path / "out"}', '--workers=0')
+    frames, actions, rows = load_split(tmp_path / 'out', 'val')
+    pixels = np.load(tmp_path / 'out' / 'val' / 'pixels.npy')
+    assert frames.shape == (27, 4, 4, 4) and frames.dtype == np.float16
+    assert pixels.shape == (27, 3, 32, 32) and pixels.dtype == np.uint8
+    assert rows.tolist() == [0, 9, 18, 27] and rows.dtype == np.int64
+    frames, _, rows = load_split(tmp_path / 'out', 'train')
+    assert set(np.diff(rows)) == {24} and len(frames) == rows[-1]
+
+
+def test_means_and_deviations_of_actions_are_those_of_training(latent_wall, tmp_path):
+    inline(*latent_wall, f'--out={tmp_path / "out"}', '--workers=0', '--latents=False')
+    actions = load_split(tmp_path / 'out', 'train')[1].astype(np.float64)
+    with open(tmp_path / 'out' / 'meta.json') as f:
+        meta = json.load(f)
+    assert np.allclose(meta['action_mean'], actions.mean(0)) and np.allclose(meta['action_std'], actions.std(0))
+    assert list(meta['broken']) == [f'{tmp_path}/wall_single/obses/episode_007.pth']
+
+
+def test_pictures_need_not_be_square(tmp_path):
+    KINDS['dino_wall'][0](str(tmp_path / 'raw'))
+    inline('data.py', 'dino_wall', f'--root={tmp_path / "raw"}', f'--out={tmp_path / "out"}', '--latents=False',
+           '--image_size=16,24', '--workers=0')
+    assert load_split(tmp_path / 'out', 'train')[0].shape[1:] == (3, 16, 24)
+
+
+@pytest.mark.parametrize('text', ['7', 'big', '64,', '64,64,3', '-64', '6.4'])
+def test_a_size_that_is_none_is_refused(text):
+    with pytest.raises(UserError, match='image_size='):
+        parse_size(text)
+
+
+def test_a_few_episodes_keep_some_of_each_published_split(tmp_path):
+    pytest.importorskip('av')
+    KINDS['dino_pusht'][0](str(tmp_path / 'raw'))
+    inline('data.py', 'dino_pusht', f'--root={tmp_path / "raw"}', f'--out={tmp_path / "out"}', '--latents=False',
+           '--image_size=64', '--workers=0', '--episodes=1')
+    assert [len(load_split(tmp_path / 'out', split)[0]) for split in ('train', 'val')] == [24, 22]
+
+
+@pytest.mark.parametrize('arguments, line', [
+    (['rt1'], 'set RT1_DATA_ROOT'),
+    (['clips', '--root=.'], '--name='),
+    (['wall', '--image_size=16,24'], 'square'),
+    (['wall', '--episodes=1'], 'expected 2 or more'),
+    (['clips', '--root=.', '--name=mine', '--image_size=60'], 'multiples of 8'),
+])
+def test_what_cannot_be_prepared_is_refused_in_one_line(arguments, line, monkeypatch, tmp_path):
+    monkeypatch.delenv('RT1_DATA_ROOT', raising=False)
+    assert line in error('data.py', *arguments, f'--out={tmp_path / "out"}')
+    assert not os.path.exists(tmp_path / 'out')
