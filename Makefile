@@ -3,13 +3,15 @@
 PYTHON ?= python3
 TORCH ?= torch
 BIN := .venv/bin
+RESULTS := $(or $(RESULTS_DIR),.)
 
 demo: .venv/installed
-	[ -e data/wall ] || $(BIN)/python data.py wall
-	resume=$$([ -e out/wall/latest.safetensors ] && echo --resume=True); $(BIN)/python train.py config/wall.py $$resume
+	[ -e $(RESULTS)/data/wall ] || $(BIN)/python data.py wall
+	resume=$$([ -e $(RESULTS)/out/wall/latest.safetensors ] && echo --resume=True); \
+		$(BIN)/python train.py config/wall.py $$resume
 	$(BIN)/python evaluate.py --ckpt=out/wall
 	$(BIN)/python sample.py --ckpt=out/wall
-	@echo "watch the dream: out/wall/rollout.gif"
+	@echo "watch the dream: $(RESULTS)/out/wall/rollout.gif"
 
 test: .venv/testable
 	$(BIN)/ruff check .
@@ -18,7 +20,7 @@ test: .venv/testable
 .venv/installed: pyproject.toml
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet $(TORCH)
-	$(BIN)/pip install --quiet -e .
+	$(BIN)/pip install --quiet -e '.[plot]'
 	touch $@
 
 .venv/testable: .venv/installed

@@ -276,6 +276,7 @@ class TwoRoom(StableWorld):
     """
     about = 'two rooms, simulated by stable-worldmodel'
     name = 'swm/TwoRoom-v1'
+    state_column = 'proprio'  # what it calls a state in a dataset
 
     def get_state(self):
         return self.env.agent_position.numpy().astype(np.float64)

@@ -7,7 +7,7 @@ import time
 
 import torch
 import torch.distributed as dist
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
@@ -107,6 +107,8 @@ def shard(model, device):
     mesh = init_device_mesh(torch.device(device).type, (WORLD_SIZE,))
     for part in (*model.blocks, model):
         fully_shard(part, mesh=mesh, reshard_after_forward=True)  # the root too: an EMA has no backward pass to cut it
+    for block in model.blocks:
+        register_fsdp_forward_method(block, 'remember')
 
 
 def distributed(net, device):

@@ -78,6 +78,8 @@ timestep_sampling = 'logit_normal'  # or uniform
 timestep_mean = 0.0  # of the normal under logit_normal; higher is noisier
 timestep_std = 1.0  # 2.5 or more favours both ends: clean pasts and noisy presents [>= 0]
 timestep_per_clip = False  # one noise level for all frames instead of one each
+clean_history = 0.0  # share of clips that begin as rollouts do, with a few almost clean frames [0 to 1]
+clean_level = 0.05  # how noisy these are at most, as a share of the timesteps [0 to 1]
 # optimisation
 batch_size = 8  # clips per process and micro-step [>= 1]
 grad_accum = 1  # micro-steps per step [>= 1]
@@ -86,6 +88,7 @@ learning_rate = 1e-4  # [>= 0]
 min_lr = 0.0  # where the cosine ends [>= 0]
 warmup_steps = 1000  # [>= 0]
 weight_decay = 0.01  # [>= 0]
+muon = False  # Muon for the matrices of the blocks, AdamW for the rest
 gradient_clip_norm = 0.1  # 0 turns it off [>= 0]
 gradient_clip_start = 0  # first step that is clipped [>= 0]
 ema_decay = 0.999  # of the weights that validate, dream and are saved for use; 0 turns it off [0 to 1]
@@ -113,6 +116,8 @@ precision = machine.autocast(device, dtype)
 machine.join_processes(device)
 if fsdp and WORLD_SIZE == 1:
     raise UserError('fsdp=True cuts a model among processes and here is one: start them with torchrun')
+if fsdp and muon:
+    raise UserError('muon=True works on whole matrices, and fsdp=True cuts them: leave one of them out')
 torch.manual_seed(seed)
 out_dir, dataset = machine.under_results(out_dir), machine.under_results(dataset)
 make_folder(out_dir)
@@ -157,11 +162,15 @@ for m in dict.fromkeys((model, ema)):  # one and the same without an average
     m.to(device)
 weights = [p for p in model.parameters() if p.requires_grad]
 ema_weights = [e for e, p in zip(ema.parameters(), model.parameters(), strict=True) if p.requires_grad]
-optimizer = torch.optim.AdamW(weights, lr=learning_rate, weight_decay=weight_decay, fused=not device.startswith('mps'))
+matrices = [p for p in model.blocks.parameters() if muon and p.ndim == 2 and p.requires_grad]
+others = [p for p in weights if all(p is not m for m in matrices)]
+optimizers = [torch.optim.AdamW(others, learning_rate, weight_decay=weight_decay, fused=not device.startswith('mps'))]
+if muon:  # Jordan et al. 2024: the update of a matrix is made orthogonal; scaled so that AdamW's rate suits it
+    optimizers.append(torch.optim.Muon(matrices, learning_rate, weight_decay, adjust_lr_fn='match_rms_adamw'))
 scaler = torch.amp.GradScaler(torch.device(device).type, enabled=dtype == 'fp16')
 step = 0  # finished ones
 if resume:
-    meta = restore_training(latest, model, ema, optimizer)
+    meta = restore_training(latest, model, ema, optimizers)
     scaler.load_state_dict(meta['scaler'])
     step = meta['step']
 net = machine.distributed(torch.compile(model) if compile else model, device)
@@ -187,7 +196,19 @@ def draw(shape, generator):
     """Timesteps [B,F] and noise like frames of `shape` [B,F,C,H,W]."""
     t = diffusion.sample_timesteps(shape[:2], timestep_sampling, timestep_mean, timestep_std, timestep_per_clip,
                                    generator)
+    if clean_history:
+        t = with_clean_history(t, generator)
     return t, torch.randn(shape, device=device, generator=generator)
+
+
+def with_clean_history(t, generator):
+    """Timesteps [B,F] in which some clips begin with one to F-1 almost clean frames: what a rollout shows the model."""
+    B, F = t.shape
+    known = torch.randint(1, F, (B, 1), device=device, generator=generator)
+    chosen = torch.rand(B, 1, device=device, generator=generator) < clean_history
+    level = torch.rand(B, F, device=device, generator=generator) * clean_level * diffusion.num_timesteps
+    history = torch.arange(F, device=device) < known
+    return torch.where(chosen & history, level.long(), t)
 
 
 def batches(first):
@@ -234,7 +255,7 @@ def dream_picture():
 
 def save(*paths):
     """Every process helps to put together what FSDP has cut; the first one writes."""
-    state = training_state(model, ema, optimizer)
+    state = training_state(model, ema, optimizers)
     scale = train_clips.mean.tolist(), train_clips.std.tolist()
     for path in paths:
         if master:
@@ -269,8 +290,9 @@ loss_sum, norm_sum = torch.zeros((), device=device), torch.zeros((), device=devi
 clock, since = time.perf_counter(), step
 while step < max_steps and not stop:
     lr = lr_at(step)
-    for group in optimizer.param_groups:
-        group['lr'] = lr
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group['lr'] = lr
 
     for micro, (x0, action, t, noise) in enumerate(next(stream)):
         with machine.gradient_sync(net, wanted=micro == grad_accum - 1):
@@ -278,13 +300,15 @@ while step < max_steps and not stop:
                 loss = diffusion.loss(net, x0, action, t, noise) / grad_accum
             scaler.scale(loss).backward()
         loss_sum += loss.detach()
-    scaler.unscale_(optimizer)
+    for optimizer in optimizers:
+        scaler.unscale_(optimizer)
     clips_now = gradient_clip_norm > 0 and step >= gradient_clip_start
     norm = torch.nn.utils.clip_grad_norm_(weights, gradient_clip_norm if clips_now else math.inf)
     norm_sum += machine.whole(norm)
-    scaler.step(optimizer)
+    for optimizer in optimizers:
+        scaler.step(optimizer)
+        optimizer.zero_grad(set_to_none=True)
     scaler.update()
-    optimizer.zero_grad(set_to_none=True)
     if ema_decay:
         decay = min(ema_decay, (1 + step) / (10 + step))  # a short average at first, to forget the initialisation
         with torch.no_grad():
@@ -319,7 +343,8 @@ while step < max_steps and not stop:
     if due(val_every):
         val_loss = validation_loss()
         logger.log(step, val_loss=val_loss)
-        bar.write(f'step {step}: loss {loss_mean:.4f}, on held-out clips {val_loss:.4f}')
+        if master:
+            bar.write(f'step {step}: loss {loss_mean:.4f}, on held-out clips {val_loss:.4f}')
         if can_look:
             picture = dream_picture()
             logger.picture(step, picture)

@@ -45,8 +45,10 @@ def test_a_run_leaves_what_it_promises(trained):
     assert meta['step'] == 8 and model.config.action_dim == 2
 
 
-def test_kill_9_and_resume_equals_the_uninterrupted_run(wall, tmp_path):
-    options = [*TRAIN, f'--dataset={wall}', '--max_steps=400', '--latest_every=20', '--log_every=20']
+@pytest.mark.slow
+@pytest.mark.parametrize('muon', [False, True])
+def test_kill_9_and_resume_equals_the_uninterrupted_run(wall, tmp_path, muon):
+    options = [*TRAIN, f'--dataset={wall}', '--max_steps=400', '--latest_every=20', '--log_every=20', f'--muon={muon}']
     whole, killed = str(tmp_path / 'whole'), str(tmp_path / 'killed')
     run(*options, f'--out_dir={whole}')
     job = subprocess.Popen([sys.executable, *options, f'--out_dir={killed}'], cwd=ROOT, stderr=subprocess.DEVNULL)
@@ -99,6 +101,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_step(wa
 def test_all_that_can_be_switched_trains(wall, tmp_path):
     for i, options in enumerate([('--pred_name=flow', '--injection=film', '--timestep_sampling=uniform'),
                                  ('--pred_name=epsilon', '--injection=adaln', '--dtype=bf16', '--ema_decay=0'),
+                                 ('--muon=True', '--clean_history=0.5', '--val_every=1'),
                                  ('--pred_name=v', '--injection=adaln_fuse', '--timestep_per_clip=True',
                                   '--causal=False', '--grad_accum=2', '--gradient_clip_norm=0')]):
         out = str(tmp_path / str(i))
