@@ -17,11 +17,11 @@ import shlex
 import signal
 import subprocess
 import sys
-from collections import defaultdict
+from itertools import product
 
 import numpy as np
 
-from configurator import UserError, configure, run_config_file
+from configurator import UserError, check_choice, check_choices, configure, run_config_file
 from diffusion import SOLVERS, TARGETS
 from evaluate import COLUMNS, markdown, with_interval
 from machine import under_results
@@ -33,8 +33,6 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 STEPS_KEYS = ('psnr', 'ssim', 'gap_psnr')  # what the steps axis shows
 
 
-# -----------------------------------------------------------------------------
-# arms
 
 def call(script, *options):
     """Run train.py or evaluate.py; Ctrl-C and SIGTERM are passed on, so that a training saves."""
@@ -77,6 +75,15 @@ def measure(ckpt, folder, *options):
     with open(path) as f:
         return json.load(f)
 
+def resampled(runs, solver, n):
+    """The metrics of trained arms with another solver and n steps a frame."""
+    results = []
+    for run in runs:
+        folder = run['settings']['ckpt']
+        results.append(measure(folder, f'{folder}/{solver}-{n}',
+                               f'--solver={solver}', f'--num_steps={n}'))
+    return results
+
 
 # -----------------------------------------------------------------------------
 # tables; `runs` are the metrics of one arm, one for each seed
@@ -105,8 +112,8 @@ def cell(runs, key):
 
 def compare_arms(arms):
     """(Markdown, panels of a plot) of {value: runs}."""
-    everything = sum(arms.values(), [])
-    columns = [key for key in COLUMNS if all(key in run['means'] for run in everything)]
+    shared = set.intersection(*[set(run['means']) for run in sum(arms.values(), [])])
+    columns = [key for key in COLUMNS if key in shared]
     titles = [COLUMNS[key][0] for key in columns]
     rows = {axis: ['parameters', 'steps', *titles, '95 % interval', 'gap by seed']}
     for value, runs in arms.items():
@@ -115,10 +122,11 @@ def compare_arms(arms):
         cells = [cell(runs, key) for key in columns]
         low, high = over_clips(runs, 'gap_psnr')
         gaps = ', '.join(f'{run["means"]["gap_psnr"]:.2f}' for run in runs)
-        rows[value] = [f'{millions:.2f} M', f'{train_steps:,}', *cells, f'{low:.2f} to {high:.2f}', gaps]
-    copies = everything[0]['means']
-    copies = [with_interval(copies.get(f'copy_{key}'), None, COLUMNS[key][1]) for key in columns]
-    rows['copy'] = ['', '', *copies, '', '']
+        rows[value] = [f'{millions:.2f} M', f'{train_steps:,}', *cells,
+                       f'{low:.2f} to {high:.2f}', gaps]
+    means = runs[0]['means']  # which the copy has of every arm
+    copies = [f'{means[f"copy_{key}"]:.{COLUMNS[key][1]}f}' for key in columns[:-1]]
+    rows['copy'] = ['', '', *copies, '', '', '']
 
     curves = {}
     for label, key in {'dream': 'psnr', 'copy': 'copy_psnr', 'wrong actions': 'wrong_psnr'}.items():
@@ -149,24 +157,20 @@ def fewest_steps(lines):
     titles += [f'{solver}: fewest steps within' for solver in solvers]
     rows = {f'{solvers[0]}, {steps[-1]} steps': titles}
     for target in values:
-        last = lines[target, solvers[0]][-1]
-        spans = {key: over_clips(last, key) for key in STEPS_KEYS}
-        rows[target] = [with_interval(over_seeds(last, key)[0], span, COLUMNS[key][1])
-                        for key, span in spans.items()]
-        for solver in solvers:
-            reached = [n for n, runs in zip(steps, lines[target, solver], strict=True)
-                       if within(runs, spans)]
-            rows[target].append(min(reached, default=''))
+        most = lines[target, solvers[0]][-1]
+        rows[target] = []
+        reached = {solver: set(steps) for solver in solvers}
+        for key in STEPS_KEYS:
+            low, high = over_clips(most, key)
+            mean, _ = over_seeds(most, key)
+            rows[target].append(with_interval(mean, (low, high), COLUMNS[key][1]))
+            for solver in solvers:
+                for n, runs in zip(steps, lines[target, solver], strict=True):
+                    if not low <= over_seeds(runs, key)[0] <= high:
+                        reached[solver].discard(n)
+        rows[target] += [min(reached[solver], default='') for solver in solvers]
     return markdown(rows)
 
-
-def within(runs, spans):
-    means = {key: over_seeds(runs, key)[0] for key in spans}
-    return all(low <= means[key] <= high for key, (low, high) in spans.items())
-
-
-# -----------------------------------------------------------------------------
-# lists on the command line
 
 def numbers(key, text, least):
     """'0,1,2' -> [0, 1, 2]. Raises UserError unless they are different and `least` or more."""
@@ -175,14 +179,6 @@ def numbers(key, text, least):
     if not valid or len(set(parts)) < len(parts):
         raise UserError(f'{key}={text!r}: expected different numbers, {least} or more, like 1,2')
     return [int(part) for part in parts]
-
-
-def names(key, text, known):
-    """'v,x' -> ['v', 'x']; '' is all that are known."""
-    chosen = text.split(',') if text else list(known)
-    if not set(chosen) <= set(known):
-        raise UserError(f'{key}={text!r}: expected some of {",".join(known)}')
-    return chosen
 
 
 if __name__ == '__main__':
@@ -203,8 +199,8 @@ if __name__ == '__main__':
     results_dir = 'results'
     # --------------------------------------------------------------------------
     configure(globals(), argv=argv)
-    seeds, steps = numbers('seeds', seeds, 0), numbers('steps', steps, 1)
-    solvers = names('solvers', solvers, SOLVERS)
+    seeds, steps = numbers('seeds', seeds, 0), sorted(numbers('steps', steps, 1))
+    solvers = check_choices('solvers', solvers, SOLVERS)
     out_dir = os.path.abspath(under_results(out_dir))
 
     # the arm that the axes share: what the base says, and where it says nothing this
@@ -228,14 +224,12 @@ if __name__ == '__main__':
         for h in (heads // 2, heads, heads * 3 // 2):
             w = h * width // heads
             axes['scale'][f'{w}x{depth}'] = {'hidden_size': w, 'depth': depth, 'num_heads': h}
-    if axis not in (*axes, 'steps'):
-        raise UserError(f'axis={axis!r}: expected one of {", ".join(axes)}, steps')
+    check_choice('axis', axis, [*axes, 'steps'])
     varied = 'target' if axis == 'steps' else axis
-    values = names('only', only, axes[varied])
+    values = check_choices('only', only, axes[varied]) or list(axes[varied])
 
     # train and evaluate
-    arms = defaultdict(list)  # {value: runs}
-    lines = defaultdict(list)  # {(target, solver): [runs of each number of steps]}
+    arms = {value: [] for value in values}  # {value: runs}
     base_name = os.path.splitext(os.path.basename(base))[0]
     for seed in seeds:
         for value in values:
@@ -247,29 +241,22 @@ if __name__ == '__main__':
             train(folder, options)
             arms[value].append(measure(folder, folder))
     if axis == 'steps':
-        for value in values:
-            for solver in solvers:
-                for n in steps:
-                    runs = []
-                    for run in arms[value]:
-                        folder = run['settings']['ckpt']
-                        runs.append(measure(folder, f'{folder}/{solver}-{n}',
-                                            f'--solver={solver}', f'--num_steps={n}'))
-                    lines[value, solver].append(runs)
+        lines = {}  # {(target, solver): [runs of each number of steps]}
+        for value, solver in product(values, solvers):
+            lines[value, solver] = [resampled(arms[value], solver, n) for n in steps]
         text, panels = compare_samplers(lines)
     else:
         text, panels = compare_arms(arms)
 
-    used = sum(arms.values(), [])
-    s = used[0]['settings']
-    machines = ', '.join(sorted({run['settings']['machine'] for run in used}))
-    clips = f'{s["num_clips"]} held-out clips, {s["context_frames"]} of {s["num_frames"]} frames given'
+    used = [run['settings'] for run in sum(arms.values(), [])]
+    machines = ', '.join(sorted({settings['machine'] for settings in used}))
+    clips = '{num_clips} held-out clips, {context_frames} of {num_frames} frames given'
     seeds_used = 'seed ' + ', '.join(str(seed) for seed in seeds)
     if len(seeds) > 1:
         seeds_used += ': mean ± standard deviation'
     text += f"""
 
-{clips}; {seeds_used}.
+{clips.format(**used[0])}; {seeds_used}.
 Intervals: 95 %, bootstrap over the clips, each averaged over the seeds. Evaluated on {machines}.
 
     python ablate.py {shlex.join(sys.argv[1:])}

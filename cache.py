@@ -1,13 +1,14 @@
 """The cached rollout: a causal model that runs each frame only as often as it changes.
 
-A frame sees itself and the past only, so a finished frame looks the same for good. It is run once more when it is
-finished, and its keys and values are kept; after that a denoising step costs only the frames that it moves.
+A frame sees itself and the past only, so what later frames need of a finished one, its keys and
+values in every temporal block, never changes. It is run one last time when it is finished, and
+they are kept. After that a denoising step costs only the frames that it moves.
 """
 import math
 
 import torch
 
-CPU_PATCHES = 1024  # so many at a time of finished frames: on a CPU, what fits its own cache is a sixth faster
+CPU_PATCHES = 1024  # patches of finished frames run at once: what fits a CPU's cache is a sixth faster
 
 
 class KVCache:
@@ -17,7 +18,7 @@ class KVCache:
         self.window, self.k, self.v = window, None, None
 
     def update(self, places, k, v):
-        """Put keys and values [B,P,heads,L,d] in their places [L]; returns those of the whole window."""
+        """Put keys and values [B,P,heads,L,d] in their places [L]; returns the whole window's."""
         if self.k is None:
             shape = (*k.shape[:-2], self.window, k.shape[-1])
             self.k, self.v = k.new_zeros(shape), v.new_zeros(shape)
@@ -41,42 +42,54 @@ class PlainModel:
         pass
 
     def __call__(self, x, t, action, moving):
-        """What the model says of the frames `moving` (a slice) of a window x [B,F,C,H,W] at timesteps t [1,F]."""
+        """The network's output for the frames `moving`, a slice of the window x [B,F,C,H,W].
+
+        t [1,F]: the timesteps at which frames are shown. action [B,F,A] or None.
+        """
         return self.model(x, t.expand(len(x), -1), action)[:, moving]
 
 
 class CachedModel:
-    """The same for less: the frames before `moving` are finished, and each of them is run once."""
+    """The same for less: only the frames that move are run, and each one once more when it is finished."""
 
     def __init__(self, model, shared_context=False):
-        """shared_context: the frames before the first that moves are the same in all rows of the batch."""
-        self.model, self.shared = model, shared_context
-        self.cache = [KVCache(model.config.num_frames) if b.temporal else None for b in model.blocks]
-        self.done = 0  # so many frames are remembered as they will stay
+        """shared_context: the frames before the first that moves are the same in all rows."""
+        self.model, self.shared_context = model, shared_context
+        window = model.config.num_frames
+        self.cache = [KVCache(window) if block.temporal else None for block in model.blocks]
+        self.finished = 0
 
     def new_window(self):
-        """The window slid: frames have other places, and the oldest they saw is gone, so all are run anew."""
-        self.done = 0
+        """The window slid: frames have other places, and the oldest they saw is gone."""
+        self.finished = 0
 
     def __call__(self, x, t, action, moving):
-        finished = moving.start
-        if self.shared:
-            only = action if action is None else action[:1]
-            self.run(x[:1], t, only, slice(0, finished), skip=finished)
-            for memory in filter(None, self.cache):
-                memory.expand(len(x))
-            self.shared, self.done = False, finished
-
-        few = finished
+        """As PlainModel's. The first self.finished frames are in the cache for good; frames from there
+        to the first moving one enter it now; those that move are written to it too, and over again
+        at their next step."""
+        start = moving.start
+        if self.shared_context:
+            self.fill_from_one_row(x, t, action, start)
+        chunk = start
         if x.device.type == 'cpu':
-            few = max(1, CPU_PATCHES // (len(x) * math.prod(self.model.config.grid)))
-        while finished - self.done > few:
-            self.run(x, t, action, slice(self.done, self.done + few), skip=few)
-            self.done += few
-        out = self.run(x, t, action, slice(self.done, moving.stop), skip=finished - self.done)
-        self.done = finished
+            chunk = max(1, CPU_PATCHES // (len(x) * math.prod(self.model.config.grid)))
+        while start - self.finished > chunk:
+            self.run(x, t, action, slice(self.finished, self.finished + chunk), skip=chunk)
+            self.finished += chunk
+        frames = slice(self.finished, moving.stop)
+        out = self.run(x, t, action, frames, skip=start - self.finished)
+        self.finished = start
         return out
+
+    def fill_from_one_row(self, x, t, action, stop):
+        """What all rows share is run for the first only."""
+        row_action = action if action is None else action[:1]
+        self.run(x[:1], t, row_action, slice(0, stop), skip=stop)
+        for block_cache in filter(None, self.cache):
+            block_cache.expand(len(x))
+        self.finished, self.shared_context = stop, False
 
     def run(self, x, t, action, frames, skip):
         places = torch.arange(frames.start, frames.stop, device=x.device)
-        return self.model(x[:, frames], t[:, frames], action, cache=self.cache, places=places, skip=skip)
+        return self.model(x[:, frames], t[:, frames], action, cache=self.cache, places=places,
+                          skip=skip)

@@ -1,6 +1,7 @@
-"""Settings: the defaults at the top of a script, then config files, then --key=value; the later wins.
+"""Settings: the defaults at the top of a script, then config files, then --key=value.
 
-A script lists its settings as plain globals between a line "# settings ---" and a line of dashes, each with a comment:
+The later wins. A script lists its settings as plain globals between a line "# settings ---" and a
+line of dashes, each with a comment:
 
     # settings ---------------------------------------------------
     batch_size = 8  # clips per step [>= 1]
@@ -8,13 +9,13 @@ A script lists its settings as plain globals between a line "# settings ---" and
     # ------------------------------------------------------------
     config = configure(globals())
 
-`configure` puts the final values into those globals and returns them as a dict. --help prints the comments; a bound at
-the end of one, as [>= 1], [> 0] or [0 to 1], is what the value is checked against.
+`configure` puts the final values into those globals and returns them as a dict. --help prints the
+list; a bound at the end of a comment, as [>= 1], [> 0] or [0 to 1], is what the value is checked
+against.
 """
 import ast
 import difflib
 import glob
-import operator
 import os
 import re
 import runpy
@@ -24,9 +25,8 @@ from types import ModuleType
 from typing import Any
 
 BLOCK = re.compile(r'# settings -+\n(.*?)\n *# -{20,}', re.DOTALL)
-SETTING = re.compile(r' *(\w+)(?:: (\w+))? = (.+?)(?:  # (.*))?')
-BOUND = re.compile(r'\[(>=|>|<=|<) (\S+)\]$|\[(\S+) to (\S+)\]$')
-COMPARE = {'>=': operator.ge, '>': operator.gt, '<=': operator.le, '<': operator.lt}
+BOUND = r'\[((?:>=? |\S+ to )\S+)\]'
+SETTING = re.compile(rf'^ *(\w+)(?:: (\w+))? = (.*?(?:{BOUND})?)$', re.MULTILINE)
 
 
 class UserError(ValueError):
@@ -34,6 +34,26 @@ class UserError(ValueError):
 
     Scripts print the line and exit with 1; a notebook can catch it.
     """
+
+
+def check_choice(name, value, known):
+    """Raises UserError if a setting is not one of the known names."""
+    if value not in known:
+        raise UserError(f'{name}={value!r}: expected one of {", ".join(known)}')
+
+
+def check_choices(name, text, known):
+    """'v,x' -> ['v', 'x'] and '' -> []. Raises UserError if one of them is not known."""
+    chosen = text.split(',') if text else []
+    for value in chosen:
+        check_choice(name, value, known)
+    return chosen
+
+
+def check_context(num_context, num_frames):
+    """Raises UserError if no frame is left to dream."""
+    if num_context >= num_frames:
+        raise UserError(f'context_frames={num_context}: expected fewer than num_frames={num_frames}')
 
 
 def print_one_line(kind, error, trace):
@@ -51,52 +71,19 @@ class Setting:
     """One line of a script's settings."""
     default: Any
     type: str  # int, float, str, bool or tuple
-    text: str  # the default as it is written
-    comment: str
-    heading: str  # the comment line it stands under
-
-    def accepts(self, value):
-        if value is None:
-            return self.default is None
-        return type(value).__name__ == self.type
-
-    def within_bounds(self, value):
-        bound = BOUND.search(self.comment)
-        if not bound or value is None:
-            return True
-        sign, limit, low, high = bound.groups()
-        if sign:
-            return COMPARE[sign](value, float(limit))
-        return float(low) <= value <= float(high)
+    text: str  # the default and its comment, as they are written
+    bound: str  # '>= 1', '> 0', '0 to 1' or ''
 
 
 def read_settings(namespace):
     """{key: Setting} of the script or module with these globals."""
     with open(namespace['__file__']) as f:
-        block = BLOCK.search(f.read())
-    settings, heading = {}, ''
-    for line in block[1].splitlines():
-        match = SETTING.fullmatch(line)
-        if match:
-            key, annotation, text, comment = match.groups()
-            default = namespace[key]
-            kind = annotation or type(default).__name__
-            settings[key] = Setting(default, kind, text, comment or '', heading)
-        elif line.strip().startswith('#'):
-            heading = line.strip()
+        block = BLOCK.search(f.read())[1]
+    settings = {}
+    for key, annotation, text, bound in SETTING.findall(block):
+        default = namespace[key]
+        settings[key] = Setting(default, annotation or type(default).__name__, text, bound)
     return settings
-
-
-def print_help(namespace, settings):
-    print(namespace['__doc__'].strip())
-    print('\nSettings (--key=value):')
-    heading = ''
-    for key, setting in settings.items():
-        if setting.heading != heading:
-            heading = setting.heading
-            print(f'\n  {heading}')
-        option = f'--{key}={setting.text}'
-        print(f'    {option:<36} {setting.comment}')
 
 
 def parse(text, setting):
@@ -111,24 +98,40 @@ def parse(text, setting):
         return text
 
 
+def within(value, bound):
+    """Whether a value keeps a bound like '>= 1', '> 0' or '0 to 1'."""
+    *low, sign, limit = bound.split()
+    if sign == 'to':
+        return float(low[0]) <= value <= float(limit)
+    if sign == '>=':
+        return value >= float(limit)
+    return value > float(limit)
+
+
 def checked(key, value, settings, source):
-    """The value as it will be used. Raises UserError for an unknown key, a wrong type or a value out of bounds."""
+    """The value as it will be used.
+
+    Raises UserError for an unknown key, a wrong type or a value out of bounds.
+    """
     if key not in settings:
         nearest = difflib.get_close_matches(key, settings, n=1, cutoff=0)[0]
-        raise UserError(f'{source}: unknown key {key!r}; did you mean {nearest!r}? (--help lists them all)')
+        raise UserError(f'{source}: unknown key {key!r}; did you mean {nearest!r}? '
+                        '(--help lists them all)')
     setting = settings[key]
+    if value is None and setting.default is None:
+        return None
     if setting.type == 'float' and type(value) is int:
         value = float(value)
-    if not setting.accepts(value):
+    if type(value).__name__ != setting.type:
         raise UserError(f'{source}: {key}={value!r} is of the wrong type; '
                         f'expected {setting.type}, like {setting.default!r}')
-    if not setting.within_bounds(value):
-        raise UserError(f'{source}: {key}={value!r}: expected {BOUND.search(setting.comment)[0][1:-1]}')
+    if setting.bound and not within(value, setting.bound):
+        raise UserError(f'{source}: {key}={value!r}: expected {setting.bound}')
     return value
 
 
 def run_config_file(path):
-    """{key: value} that a config file assigns; a config file may start from another one by importing it."""
+    """{key: value} that a config file assigns; it may start from another one by importing it."""
     if not os.path.exists(path):
         there = ', '.join(sorted(glob.glob('config/**/*.py', recursive=True)))
         raise UserError(f'{path}: no such config file; there are {there}')
@@ -136,23 +139,26 @@ def run_config_file(path):
         values = runpy.run_path(path)
     except Exception as e:
         raise UserError(f'{path}: {type(e).__name__}: {e}') from e
-    return {k: v for k, v in values.items() if not k.startswith('_') and not isinstance(v, ModuleType)}
+    return {key: value for key, value in values.items()
+            if not key.startswith('_') and not isinstance(value, ModuleType)}
 
 
 def configure(namespace, shared=None, argv=None, strict=True):
-    """Apply the command line to the settings of the script whose globals() this is; returns {key: value}.
+    """Apply the command line to the settings of a script with these globals(): {key: value}.
 
-    shared: a module with settings of its own, which the script has too: they are in the returned dict only.
-    argv: instead of sys.argv[1:]. strict=False passes over what config files say to other scripts.
+    shared: a module with settings of its own, which the script has too: they are in the returned
+    dict only. argv: instead of sys.argv[1:]. strict=False passes over what config files say to
+    other scripts.
     """
     sys.excepthook = print_one_line
     argv = sys.argv[1:] if argv is None else argv
-    settings = read_settings(namespace)
-    own = list(settings)
+    settings = own = read_settings(namespace)
     if shared:
-        settings |= read_settings(vars(shared))
+        settings = own | read_settings(vars(shared))
     if '--help' in argv or '-h' in argv:
-        print_help(namespace, settings)
+        print(namespace['__doc__'].strip(), '\n\nSettings:')
+        for key, setting in settings.items():
+            print(f'    --{key}={setting.text}')
         sys.exit()
 
     values = {key: setting.default for key, setting in settings.items()}
@@ -167,6 +173,7 @@ def configure(namespace, shared=None, argv=None, strict=True):
                 if strict or key in settings:
                     values[key] = checked(key, value, settings, arg)
         else:
-            raise UserError(f'{arg!r}: expected a config file (*.py) or --key=value; --help lists the keys')
+            raise UserError(f'{arg!r}: expected a config file (*.py) or --key=value; '
+                            '--help lists the keys')
     namespace.update({key: values[key] for key in own})
     return values

@@ -2,12 +2,12 @@
 
     python data.py wall           # makes data/wall; prepare.py says what else it can make
 
-A prepared dataset is a folder with meta.json and, for each split, three arrays that are read memory-mapped:
+A prepared dataset is a folder with meta.json and, for each split, arrays that are memory-mapped:
 
-    {train,val}/frames.npy      uint8 [N,3,H,W] pixels, or float16 [N,C,H,W] latents; all episodes one after the other
+    {train,val}/frames.npy      uint8 [N,3,H,W] pixels, or float16 [N,C,H,W] latents, of all episodes
     {train,val}/actions.npy     float32 [N,A]; actions[i] is what was done at frames[i]
     {train,val}/episodes.npy    int64 [E+1]; episode e is rows episodes[e] to episodes[e+1]
-    val/pixels.npy              uint8 [N,3,H,W], beside latents: the original pixels of the same rows
+    val/pixels.npy              uint8 [N,3,H,W], with latents: the original pixels of the same rows
 """
 import json
 import os
@@ -22,58 +22,68 @@ from configurator import UserError
 class Clips:
     """Clips of `num_frames` frames, `frame_interval` apart, that never cross an episode.
 
-    The actions between two kept frames are concatenated, so a clip's action is [F, frame_interval * A]. `normalize`
-    standardises each of the A numbers: True by the training split's (mean, std), or give a pair, as a checkpoint does.
-    A clip is numbered by its start; len() counts every possible one. Raises UserError.
+    The actions between two kept frames are concatenated, so a clip's action is [F, frame_interval * A].
+    `normalize` standardises each of the A numbers: True by the training split's (mean, std), or give a
+    pair, as a checkpoint does. A clip is numbered by its start; len() counts every possible one.
+    Raises UserError.
     """
 
     def __init__(self, root, split, num_frames, frame_interval=1, normalize=False):
         self.num_frames, self.interval = num_frames, frame_interval
         self.folder = os.path.join(os.path.normpath(root), split)
         try:
-            self.frames, self.actions, self.episodes = map(self.load, ('frames', 'actions', 'episodes'))
+            self.frames = self.load('frames')
+            self.actions = self.load('actions')
+            self.episodes = self.load('episodes')
             with open(os.path.join(root, 'meta.json')) as f:
                 self.meta = json.load(f)
         except (OSError, ValueError, EOFError) as e:
             name = os.path.basename(os.path.normpath(root))
-            raise UserError(f'no prepared dataset at {self.folder} ({e}): make it with python data.py {name}, '
-                            'or see README.md for what belongs there') from e
+            raise UserError(f'no prepared dataset at {self.folder} ({e}): make it with '
+                            f'python data.py {name}, or see docs/datasets.md for its format') from e
         self.check()
         self.action_dim = frame_interval * self.actions.shape[1]
         self.mean, self.std = self.action_scale(normalize)
 
-        lengths = np.diff(self.episodes)
-        starts = np.maximum(lengths - (num_frames - 1) * frame_interval, 0)  # an episode too short for a clip has none
+        span = (num_frames - 1) * frame_interval
+        starts = np.maximum(np.diff(self.episodes) - span, 0)  # too short an episode has none
         self.cumulative = np.concatenate([[0], np.cumsum(starts)])
         if len(self) == 0:
-            raise UserError(f'{self.folder}: no episode has {(num_frames - 1) * frame_interval + 1} frames, which '
-                            f'num_frames={num_frames} at frame_interval={frame_interval} needs; lower one of them')
+            raise UserError(f'{self.folder}: no episode has {span + 1} frames, which num_frames='
+                            f'{num_frames} at frame_interval={frame_interval} needs; lower one of them')
 
     def load(self, name):
         return np.load(os.path.join(self.folder, f'{name}.npy'), mmap_mode='r')
 
     def check(self):
+        """Raises UserError if the arrays are not what the top of this file says."""
         frames, actions, episodes = self.frames, self.actions, self.episodes
         pixels = frames.dtype == np.uint8 and frames.shape[1:2] == (3,)
-        rising = episodes.ndim == 1 and len(episodes) and episodes[0] == 0 and (np.diff(episodes) >= 0).all()
-        good = (frames.ndim == 4 and (pixels or frames.dtype == np.float16)
-                and actions.ndim == 2 and actions.dtype == np.float32
-                and rising and len(frames) == len(actions) == episodes[-1])
-        if not good:
-            raise UserError(
-                f'{self.folder}: expected frames uint8 [N,3,H,W] or latents float16 [N,C,H,W], actions float32 [N,A] '
-                f'and episodes rising from 0 to N; found {frames.dtype} {list(frames.shape)}, {actions.dtype} '
-                f'{list(actions.shape)} and {episodes.dtype} {list(episodes.shape)}')
+        latents = frames.dtype == np.float16
+        rising = episodes.ndim == 1 and len(episodes) > 0 and (np.diff(episodes) >= 0).all()
+        shapes = frames.ndim == 4 and actions.ndim == 2 and actions.dtype == np.float32
+        if shapes and rising and (pixels or latents) and episodes[0] == 0:
+            if len(frames) == len(actions) == episodes[-1]:
+                return
+        found = ', '.join(f'{array.dtype} {list(array.shape)}' for array in (frames, actions, episodes))
+        raise UserError(f'{self.folder}: expected frames uint8 [N,3,H,W] or latents float16 [N,C,H,W], '
+                        f'actions float32 [N,A], episodes rising from 0 to N; found {found}')
 
     def action_scale(self, normalize):
         """(mean, std) float32 of the A numbers; (0, 1) leaves them as they are."""
         if normalize is True:
             if not {'action_mean', 'action_std'} <= self.meta.keys():
-                raise UserError(f'{self.folder}/../meta.json: normalising needs action_mean and action_std')
+                raise UserError(f'{self.folder}/../meta.json: normalising needs action_mean and '
+                                'action_std')
             normalize = self.meta['action_mean'], self.meta['action_std']
         mean, std = normalize or (0, 1)
         std = np.float32(std)
-        return np.float32(mean), np.where(std == 0, np.float32(1), std)  # 0: a number that never changes
+        std = np.where(std == 0, np.float32(1), std)  # of a number that never changes
+        return np.float32(mean), std
+
+    def standardise(self, actions):
+        """Raw actions [...,A] as the model sees them."""
+        return (actions - self.mean) / self.std
 
     def __len__(self):
         return int(self.cumulative[-1])
@@ -85,19 +95,19 @@ class Clips:
         return self.episodes[episode] + clips - self.cumulative[episode], self.episodes[episode + 1]
 
     def batch(self, clips):
-        """Clips by number [B] -> frames [B,F,C,H,W] as stored, action float32 [B,F,frame_interval*A]."""
+        """Clips with numbers [B] -> frames [B,F,C,H,W] as stored, action float32 [B,F,interval*A]."""
         first, end = self.first_rows(clips)
         rows = first[:, None] + np.arange(self.num_frames * self.interval)
         frames = self.frames[rows[:, ::self.interval]]
-        # rows past the end of the episode belong to the last frame's action, which no frame of the clip depends on
+        # past the episode's end only the clip's last action is looked for, which the model drops
         rows = np.minimum(rows, end[:, None] - 1)
-        actions = (self.actions[rows] - self.mean) / self.std
-        return torch.from_numpy(frames), torch.from_numpy(actions.reshape(len(rows), self.num_frames, -1))
+        actions = self.standardise(self.actions[rows]).reshape(len(rows), self.num_frames, -1)
+        return torch.from_numpy(frames), torch.from_numpy(actions)
 
     def fixed(self, count, seed=42):
-        """Numbers of `count` clips (all, if there are fewer), the same for every run with this seed.
+        """Numbers of `count` clips (or all there are), the same for every run with this seed.
 
-        Where the publisher of a dataset says where its validation clips begin, its episodes begin there.
+        If the publisher of a dataset says where validation clips begin, its episodes begin there.
         """
         choices = np.arange(len(self))
         if self.meta.get('fixed_starts') and self.folder.endswith('val'):
@@ -111,28 +121,29 @@ class Clips:
             try:
                 source = self.load('pixels')
             except OSError as e:
-                raise UserError(f'{self.folder}/pixels.npy is missing; metrics need the original pixels beside the '
-                                'latents, and python data.py keeps them') from e
+                raise UserError(f'{self.folder}/pixels.npy is missing: metrics compare with the original '
+                                'pixels, which python data.py keeps') from e
         rows = self.first_rows(clips)[0][:, None] + np.arange(self.num_frames) * self.interval
         return torch.from_numpy(source[rows])
 
 
 def to_model(frames, device='cpu'):
-    """Stored frames on `device` as float32: uint8 pixels become [-1, 1], latents stay as they are."""
+    """Stored frames on `device` as float32: uint8 pixels become [-1, 1], latents stay."""
     if torch.device(device).type == 'cuda':
-        frames = frames.pin_memory()  # only such a copy runs beside the computation
+        frames = frames.pin_memory()  # without it non_blocking is of no use
     frames = frames.to(device, non_blocking=True)
     return frames.float() / 127.5 - 1 if frames.dtype == torch.uint8 else frames.float()
 
 
 def random_dataset(folder, frame_shape, action_dim, rows=256):
-    """A prepared dataset of random numbers, for benchmarks and for trying a config with no data; returns its folder.
+    """A prepared dataset of random numbers, to try a config or measure speed without data.
 
-    frame_shape (C,H,W): 3 channels make uint8 pixels, others normal latents.
+    frame_shape (C,H,W): 3 channels make uint8 pixels, others normal latents. Returns the folder.
     """
-    if len(frame_shape) != 3 or not all(type(n) is int and n > 0 for n in frame_shape) or action_dim < 0:
-        raise UserError(f'frame_shape={frame_shape}, action_dim={action_dim}: expected (channels, height, width), '
-                        'and 0 or more')
+    positive = [type(n) is int and n > 0 for n in frame_shape]
+    if len(positive) != 3 or not all(positive) or action_dim < 0:
+        raise UserError(f'frame_shape={frame_shape}, action_dim={action_dim}: expected '
+                        '(channels, height, width), and 0 or more')
     rng = np.random.default_rng(0)
     shape = (rows, *frame_shape)
     if frame_shape[0] == 3:
@@ -142,7 +153,8 @@ def random_dataset(folder, frame_shape, action_dim, rows=256):
     for split in ('train', 'val'):
         os.makedirs(f'{folder}/{split}')
         np.save(f'{folder}/{split}/frames.npy', frames)
-        np.save(f'{folder}/{split}/actions.npy', rng.standard_normal((rows, action_dim), np.float32))
+        actions = rng.standard_normal((rows, action_dim), np.float32)
+        np.save(f'{folder}/{split}/actions.npy', actions)
         np.save(f'{folder}/{split}/episodes.npy', np.array([0, rows]))
     with open(f'{folder}/meta.json', 'w') as f:
         json.dump({'action_mean': [0.0] * action_dim, 'action_std': [1.0] * action_dim}, f)
@@ -150,4 +162,5 @@ def random_dataset(folder, frame_shape, action_dim, rows=256):
 
 
 if __name__ == '__main__':  # making a dataset is the work of prepare.py
-    runpy.run_path(os.path.join(os.path.dirname(os.path.abspath(__file__)), 'prepare.py'), run_name='__main__')
+    here = os.path.dirname(os.path.abspath(__file__))
+    runpy.run_path(os.path.join(here, 'prepare.py'), run_name='__main__')

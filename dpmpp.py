@@ -14,14 +14,14 @@ def log_snr(diffusion, t):
     return (alpha / sigma).log()
 
 
-def dpmpp_step(diffusion, x, t, s, out, past, eta=0.0):
+def dpmpp_step(diffusion, x, t, s, out, previous, eta=0.0):
     """From timesteps t [B,F] to s, of second order (algorithm 2). Returns (x_s, x0), as ddim_step.
 
     It is DDIM with x0 extrapolated: D = x0 + h / (2 h_before) (x0 - x0_before), h a step in lambda.
-    past: (timesteps, x0) of each frame's step before this one; timesteps == t if there was none.
+    previous: (timesteps, x0) of each frame's step before this one; timesteps == t if there was none.
     """
     x0, eps = diffusion.invert(x, t, out)
-    t_before, x0_before = past
+    t_before, x0_before = previous
     shown = t.clamp(min=0)
     h = log_snr(diffusion, s) - log_snr(diffusion, shown)
     h_before = log_snr(diffusion, shown) - log_snr(diffusion, t_before)
@@ -31,7 +31,8 @@ def dpmpp_step(diffusion, x, t, s, out, past, eta=0.0):
     alpha_t, sigma_t = diffusion.path(shown)
     alpha, sigma = diffusion.path(s)
     x_s = alpha * (x0 + change) + sigma * (eps - alpha_t / sigma_t * change)
-    return torch.where((t != s)[..., None, None, None], x_s, x), x0
+    stays = (t == s)[..., None, None, None]
+    return torch.where(stays, x, x_s), x0
 
 
 def log_snr_grid(diffusion, num_steps):

@@ -260,10 +260,6 @@ class StableWorld:
     def reset(self, seed):
         self.env.reset(seed=int(seed))
 
-    def step(self, action):
-        self.env.step(np.asarray(action, dtype=np.float32))
-        return False
-
     def render(self, size):
         frame = Image.fromarray(self.env.render()).resize((size, size), Image.BILINEAR)
         return np.ascontiguousarray(np.asarray(frame).transpose(2, 0, 1))
@@ -276,6 +272,7 @@ class TwoRoom(StableWorld):
     """
     about = 'two rooms, simulated by stable-worldmodel'
     name = 'swm/TwoRoom-v1'
+    KEYS = {'ArrowLeft': [-0.8, 0], 'ArrowRight': [0.8, 0], 'ArrowUp': [0, -0.8], 'ArrowDown': [0, 0.8]}
     state_column = 'proprio'  # what it calls a state in a dataset
 
     def get_state(self):
@@ -283,6 +280,12 @@ class TwoRoom(StableWorld):
 
     def set_state(self, state):
         self.env._set_state(np.asarray(state))
+
+    def step(self, action):
+        action = np.clip(np.asarray(action, dtype=np.float32), -1, 1)
+        wanted = self.get_state() + 5 * action
+        self.env.step(action)
+        return bool(np.abs(self.get_state() - wanted).max() > 1e-3)
 
     def explore(self, rng):
         """Its expert's way to a target, and to another when there, with noise: there is more than straight lines."""

@@ -29,9 +29,10 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 import run
-from configurator import UserError, configure
+from configurator import UserError, check_choice, check_choices, check_context, configure
 from data import to_model
-from machine import RANK, WORLD_SIZE, autocast, join_processes, leave_processes, name_of
+from machine import (RANK, WORLD_SIZE, autocast, join_processes, leave_processes, name_of,
+                     write_whole)
 from metrics import DISTANCES, NETWORKS, frechet, interval, load_networks, psnr, ssim
 from pictures import contact_sheet, plot, to_pixels, write_picture
 from sample import dream
@@ -55,7 +56,6 @@ class Options:
     sampler: dict = field(default_factory=dict)  # options of Diffusion.sample
     dtype: str = 'fp32'
     batch_size: int = 64
-    seed: int = 0  # clip i draws its noise from seed + i
 
 
 @torch.no_grad()
@@ -99,31 +99,24 @@ def evaluate(model, diffusion, clips, numbers, num_context, num_steps, **options
         original = clips.pixels(numbers[places]).to(device).float() / 255  # [B,F,3,H,W]
         truth = original[:, num_context:]
         predictions = {
-            '': rollout(x0, action, options.seed + first),
+            '': rollout(x0, action, first),
             'copy_': original[:, num_context - 1:num_context].expand_as(truth),
-            'wrong_': rollout(x0, wrong_action, options.seed + first),
+            'wrong_': rollout(x0, wrong_action, first),
         }
         if options.vae:
             predictions['vae_'] = in_pixels(x0)
         for name, metric in metrics.items():
             if name in DISTANCES:
-                for who, prediction in {**predictions, 'truth_': truth}.items():
-                    scores[who + name].append(metric(prediction).cpu())
-            else:
-                for who, prediction in predictions.items():
-                    scores[who + name].append(metric(prediction, truth).cpu())
+                scores[f'truth_{name}'].append(metric(truth).cpu())
+            for who, prediction in predictions.items():
+                images = [prediction] if name in DISTANCES else [prediction, truth]
+                scores[who + name].append(metric(*images).cpu())
     bar.close()
-    scores = gather({name: torch.cat(parts) for name, parts in scores.items()})
-    return {name: values[:len(numbers)] for name, values in scores.items()}
-
-
-def gather(scores):
-    """The scores of all processes, one after the other."""
-    if WORLD_SIZE == 1:
-        return scores
-    shares = [None] * WORLD_SIZE
-    dist.all_gather_object(shares, scores)
-    return {name: torch.cat([share[name] for share in shares]) for name in scores}
+    scores = {name: torch.cat(parts) for name, parts in scores.items()}
+    shares = [scores] * WORLD_SIZE
+    if WORLD_SIZE > 1:
+        dist.all_gather_object(shares, scores)
+    return {name: torch.cat([part[name] for part in shares])[:len(numbers)] for name in scores}
 
 
 def summarise(scores):
@@ -132,19 +125,17 @@ def summarise(scores):
     gap_ is right minus wrong actions, clip by clip. fid and fvd are one number for the whole set,
     and among the means only.
     """
-    per_frame, features = {}, {}
-    for name, values in scores.items():
-        group = features if name.endswith(DISTANCES) else per_frame
-        group[name] = values.double()
+    scores = {name: values.double() for name, values in scores.items()}
+    per_frame = {name: x for name, x in scores.items() if not name.endswith(DISTANCES)}
     for name in [name for name in per_frame if f'wrong_{name}' in per_frame]:
         per_frame[f'gap_{name}'] = per_frame[name] - per_frame[f'wrong_{name}']
 
     per_clip = {name: values.mean(dim=1).numpy() for name, values in per_frame.items()}
     means = {name: float(values.mean()) for name, values in per_clip.items()}
-    for name, values in features.items():
+    for name in scores.keys() - per_frame.keys():
         if not name.startswith('truth_'):
-            truth = features[f'truth_{name[-3:]}']
-            means[name] = frechet(values.flatten(0, 1), truth.flatten(0, 1))
+            truth = scores[f'truth_{name[-3:]}']
+            means[name] = frechet(scores[name].flatten(0, 1), truth.flatten(0, 1))
     return {
         'means': means,
         'intervals': {name: interval(values) for name, values in per_clip.items()},
@@ -154,7 +145,7 @@ def summarise(scores):
 
 
 # -----------------------------------------------------------------------------
-# tables
+# tables and pictures
 
 def markdown(rows):
     """A Markdown table of {first cell: [other cells]}; the first row is its head."""
@@ -168,32 +159,30 @@ def markdown(rows):
 
 
 def with_interval(value, span, digits):
-    """'mean [low, high]'; without a span just the mean, and '' where there is no mean."""
-    if value is None:
-        return ''
-    if span is None:
-        return f'{value:.{digits}f}'
-    low, high = span
-    return f'{value:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]'
+    """'mean [low, high]'; without a span just the mean."""
+    text = f'{value:.{digits}f}'
+    if span:
+        text += f' [{span[0]:.{digits}f}, {span[1]:.{digits}f}]'
+    return text
 
 
 def table(name, means, intervals):
     """Markdown: the run, ready to paste among others, above its baselines."""
-    columns = {key: column for key, column in COLUMNS.items() if key in means}
-    rows = {'': [title for title, _ in columns.values()]}
+    columns = [key for key in COLUMNS if key in means]
+    rows = {'': [COLUMNS[key][0] for key in columns]}
     for label, prefix in {f'**{name}**': '', **BASELINES}.items():
         if f'{prefix}psnr' in means:
-            rows[label] = []
-            for key, (_, digits) in columns.items():
-                key = prefix + key
-                rows[label].append(with_interval(means.get(key), intervals.get(key), digits))
+            rows[label] = [''] * len(columns)
+            for i, key in enumerate(columns):
+                score = prefix + key
+                if score in means:  # a baseline has no gap
+                    span = intervals.get(score)
+                    rows[label][i] = with_interval(means[score], span, COLUMNS[key][1])
     return markdown(rows)
 
 
-# -----------------------------------------------------------------------------
-
 def best_median_worst(opened, clips, numbers, quality):
-    """Contact sheet of three of the clips `numbers` by their `quality`, dreamed as they were scored."""
+    """Contact sheet of three of the clips `numbers` by `quality`, dreamed as they were scored."""
     order = np.argsort(quality)
     rows = {'truth': [], 'dream': []}
     for i in order[[-1, len(order) // 2, 0]]:
@@ -236,18 +225,13 @@ if __name__ == '__main__':
     # --------------------------------------------------------------------------
     settings = configure(globals(), shared=run)
     start = time.perf_counter()
-    wanted = metrics.split(',') if metrics else []
-    if not set(wanted) <= set(NETWORKS):
-        raise UserError(f'metrics={metrics!r}: expected some of {",".join(NETWORKS)}')
-    if lpips_net not in ('vgg', 'alex'):
-        raise UserError(f'lpips_net={lpips_net!r}: expected vgg or alex')
-
+    wanted = check_choices('metrics', metrics, NETWORKS)
+    check_choice('lpips_net', lpips_net, ('vgg', 'alex'))
     opened = run.open_run(settings)
     join_processes(opened.device)
     num_frames = num_frames or opened.config['num_frames']
     num_context = opened.context_frames
-    if num_context >= num_frames:
-        raise UserError(f'context_frames={num_context}: expected less than num_frames={num_frames}')
+    check_context(num_context, num_frames)
     out_dir = out_dir or run.output_folder(opened.ckpt)
     run.make_folder(out_dir)
     clips = opened.held_out(num_frames)
@@ -279,12 +263,9 @@ if __name__ == '__main__':
     plot_horizon(f'{path}.png', results, num_context)
     name = os.path.basename(os.path.normpath(opened.ckpt))
     text = table(name, results['means'], results['intervals'])
-    with open(f'{path}.md', 'w') as f:
-        f.write(text + '\n')
+    write_whole(f'{path}.md', text + '\n')
     results['seconds'] = time.perf_counter() - start
-    with open(f'{path}.json.tmp', 'w') as f:
-        json.dump(results, f)
-    os.replace(f'{path}.json.tmp', f'{path}.json')  # last and whole: where it is, all is done
+    write_whole(f'{path}.json', json.dumps(results))  # last: where it is, all is done
 
     print(text)
     for name, why in absent.items():

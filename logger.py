@@ -1,22 +1,22 @@
-"""Where training's numbers go: log.jsonl always, TensorBoard if it is installed, Weights & Biases if asked for."""
+"""Where training's numbers go: log.jsonl, TensorBoard if it is installed, W&B if asked for."""
 import contextlib
 import json
 import os
 
 from configurator import UserError
-from machine import RANK
+from machine import RANK, write_whole
 
 
 def lines_until(path, step):
-    """The whole lines of a log up to that step: what was logged after the checkpoint will be logged again."""
+    """The lines of a log up to that step: what came after the checkpoint will be logged again."""
     if not os.path.exists(path):
-        return []
-    kept = []
+        return ''
+    kept = ''
     with open(path) as f:
         for line in f:
-            with contextlib.suppress(ValueError, KeyError, TypeError):  # a kill may have cut a line short
+            with contextlib.suppress(ValueError):  # a kill may have cut a line short
                 if line.endswith('\n') and json.loads(line)['step'] <= step:
-                    kept.append(line)
+                    kept += line
     return kept
 
 
@@ -25,16 +25,12 @@ class Logger:
 
     def __init__(self, out_dir, config, step, wandb_project=''):
         """step: where the run goes on. wandb_project: '' is without Weights & Biases."""
-        self.path, self.board, self.wandb = os.path.join(out_dir, 'log.jsonl'), None, None
-        self.silent = RANK > 0
-        if self.silent:
+        self.path = os.path.join(out_dir, 'log.jsonl')
+        self.board = self.wandb = None
+        if RANK > 0:
             return
-        lines = lines_until(self.path, step)
-        with open(f'{self.path}.tmp', 'w') as f:
-            f.writelines(lines)
-        os.replace(f'{self.path}.tmp', self.path)
-        with open(os.path.join(out_dir, 'config.json'), 'w') as f:
-            json.dump(config, f, indent=1)
+        write_whole(self.path, lines_until(self.path, step))
+        write_whole(os.path.join(out_dir, 'config.json'), json.dumps(config, indent=1))
         with contextlib.suppress(ImportError):
             from torch.utils.tensorboard import SummaryWriter
             self.board = SummaryWriter(os.path.join(out_dir, 'tb'), purge_step=step + 1)
@@ -44,10 +40,11 @@ class Logger:
             except ImportError as e:
                 raise UserError('--wandb=True needs it: pip install wandb') from e
             name = os.path.basename(os.path.normpath(out_dir))
-            self.wandb = wandb.init(project=wandb_project, name=name, id=name, config=config, resume='allow')
+            self.wandb = wandb.init(project=wandb_project, name=name, id=name, config=config,
+                                    resume='allow')
 
     def log(self, step, **values):
-        if self.silent:
+        if RANK > 0:
             return
         with open(self.path, 'a') as f:
             f.write(json.dumps({'step': step, **values}) + '\n')

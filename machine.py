@@ -3,6 +3,8 @@ import contextlib
 import functools
 import os
 import platform
+import re
+import signal
 import time
 
 import torch
@@ -12,7 +14,7 @@ from torch.distributed.tensor import DTensor, init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from configurator import UserError
+from configurator import UserError, check_choice
 
 # who am I among the processes that torchrun started? One process alone is rank 0 of 1
 RANK = int(os.environ.get('RANK', 0))
@@ -28,8 +30,15 @@ def under_results(path):
     return os.path.normpath(os.path.join(os.environ.get('RESULTS_DIR', ''), path))
 
 
+def write_whole(path, text):
+    """Write a text file; a kill leaves the old one or the new."""
+    with open(f'{path}.tmp', 'w') as f:
+        f.write(text)
+    os.replace(f'{path}.tmp', path)
+
+
 def pick_device(name=''):
-    """The device of that name, or the best there is; under torchrun each process gets a GPU of its own."""
+    """The device of that name, or the best there is; under torchrun each process has its own GPU."""
     best = 'cpu'
     if torch.cuda.is_available():
         best = 'cuda'
@@ -47,10 +56,9 @@ def pick_device(name=''):
 def pick_dtype(name, device):
     """The name of the dtype to compute in: '' is bf16 on CUDA, else fp32."""
     if not name:
-        return 'bf16' if torch.device(device).type == 'cuda' else 'fp32'
-    if name not in DTYPES:
-        raise UserError(f'dtype={name!r}: expected {", ".join(DTYPES)}')
-    if name == 'fp16' and torch.device(device).type == 'cpu':
+        return 'bf16' if device.startswith('cuda') else 'fp32'
+    check_choice('dtype', name, DTYPES)
+    if name == 'fp16' and device == 'cpu':
         raise UserError('dtype=fp16 is for GPUs; on a CPU use --dtype=bf16, or fp32')
     return name
 
@@ -58,8 +66,38 @@ def pick_dtype(name, device):
 def autocast(device, dtype):
     """The context to compute in: matrix products in `dtype`, weights in fp32."""
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-    # no cache of cast weights: each is used once a pass, and the copies would add up to a model where FSDP holds a part
-    return torch.autocast(torch.device(device).type, DTYPES[dtype], enabled=dtype != 'fp32', cache_enabled=False)
+    # no cache of cast weights: each is used once a pass, and under FSDP, which holds a part of the
+    # model, the copies would add up to all of it
+    return torch.autocast(torch.device(device).type, DTYPES[dtype], enabled=dtype != 'fp32',
+                          cache_enabled=False)
+
+
+class Interrupt:
+    """SIGTERM and Ctrl-C do not end a training at once: it finishes the step, saves, and leaves.
+
+    Several processes agree on it where they exchange numbers anyway.
+    """
+
+    def __init__(self):
+        self.signal = 0
+        signal.signal(signal.SIGTERM, self.on_signal)
+        signal.signal(signal.SIGINT, self.on_signal)
+
+    def on_signal(self, signum, frame):
+        self.signal = signum
+
+    @property
+    def now(self):
+        """Whether to stop without asking others."""
+        return self.signal > 0 and WORLD_SIZE == 1
+
+    def as_tensor(self, device):
+        return torch.tensor(float(self.signal > 0), device=device)
+
+    @property
+    def exit_code(self):
+        """The shell's for the signal; on processes that did not get it themselves, SIGTERM's."""
+        return 128 + (self.signal or signal.SIGTERM)
 
 
 # -----------------------------------------------------------------------------
@@ -105,8 +143,8 @@ def recompute_activations(model):
 def shard(model, device):
     """FSDP: every process keeps a part of each block's weights, gradients and moments."""
     mesh = init_device_mesh(torch.device(device).type, (WORLD_SIZE,))
-    for part in (*model.blocks, model):
-        fully_shard(part, mesh=mesh, reshard_after_forward=True)  # the root too: an EMA has no backward pass to cut it
+    for part in (*model.blocks, model):  # the root is cut again after a forward pass, too: an EMA
+        fully_shard(part, mesh=mesh, reshard_after_forward=True)  # has no backward pass to do it
     for block in model.blocks:
         register_fsdp_forward_method(block, 'remember')
 
@@ -120,7 +158,7 @@ def distributed(net, device):
 
 
 def gradient_sync(net, wanted):
-    """A context for a backward pass, in which processes exchange gradients only if that is wanted."""
+    """A context for a backward pass; only if wanted do processes exchange gradients in it."""
     if isinstance(net, FSDPModule):
         net.set_requires_gradient_sync(wanted)
     elif isinstance(net, DistributedDataParallel) and not wanted:
@@ -138,11 +176,8 @@ def whole(x):
 
 def synchronize(device):
     """Wait until the device has done what it was given."""
-    kind = torch.device(device).type
-    if kind == 'cuda':
-        torch.cuda.synchronize()
-    elif kind == 'mps':
-        torch.mps.synchronize()
+    if torch.device(device).type != 'cpu':
+        torch.accelerator.synchronize()
 
 
 def seconds(f, device):
@@ -155,21 +190,20 @@ def seconds(f, device):
 
 
 def matmul_rate(device, dtype='fp32', repeats=6):
-    """FLOP/s of a large matrix product, the yardstick for everything that is one: the best of `repeats`."""
-    n = 2048 if torch.device(device).type == 'cpu' else 8192
+    """FLOP/s of a large matrix product, the yardstick for all that are: the best of `repeats`."""
+    n = 2048 if device == 'cpu' else 8192
     a = torch.randn(n, n, device=device, dtype=DTYPES[dtype])
     return 2 * n ** 3 / min(seconds(lambda: a @ a, device) for _ in range(repeats))
 
 
 def name_of(device):
     """What computes, in words."""
-    if torch.device(device).type == 'cuda':
+    if device.startswith('cuda'):
         return torch.cuda.get_device_name(device)
     name = platform.machine()
     if os.path.exists('/proc/cpuinfo'):
         with open('/proc/cpuinfo') as f:
-            for line in f:
-                if line.startswith('model name'):
-                    name = line.split(':')[1].strip()
-                    break
+            models = re.findall(r'model name\s*: (.*)', f.read())  # not on every kind of CPU
+        if models:
+            name = models[0]
     return f'{name}, threads: {torch.get_num_threads()}'

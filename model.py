@@ -1,22 +1,24 @@
-"""The world model: a DiT over space and time that denoises every frame of a clip at that frame's own noise level.
+"""The world model: a DiT over space and time that denoises each frame at that frame's own noise level.
 
-Blocks alternate between space (even: attention among the patches of one frame) and time (odd: attention among the
-frames of one patch position, causal). The noise level and the action reach every block once per frame, and are
-broadcast over that frame's patches. Read `NanoWM.forward` first, then `Block`, then `Attention`.
+Blocks alternate between space (even: attention among the patches of one frame) and time (odd:
+attention among the frames of one patch position, causal). The noise level and the action reach
+every block once per frame, and are broadcast over that frame's patches. Read `NanoWM.forward`
+first, then `Block`, then `Attention`.
 
-Shapes: B clips, F frames, P patches of a frame, D hidden size, d = D / heads, A numbers of an action.
+Shapes: B clips, F frames, P patches per frame, D hidden size, d = D / heads, A numbers per action.
+Parameters carry the names of the reference's checkpoints (arXiv 2605.23993).
 DiT: Peebles & Xie 2023 (arXiv 2212.09748). Diffusion forcing: Chen et al. 2024 (arXiv 2407.01392).
 """
 import math
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from configurator import UserError
+from configurator import UserError, check_choice
 
-SIZES = {  # B/2 in the tables is size B with patch_size 2
+SIZES = {  # NanoWM-B/2 is size B with patch_size 2
     'S': dict(depth=12, hidden_size=384, num_heads=6),
     'B': dict(depth=12, hidden_size=768, num_heads=12),
     'L': dict(depth=24, hidden_size=1024, num_heads=16),
@@ -26,7 +28,7 @@ SIZES = {  # B/2 in the tables is size B with patch_size 2
 
 @dataclass
 class NanoWMConfig:
-    """Shape of a model. `NanoWMConfig(**SIZES['B'])` is the B/2 of the tables, on 4x32x32 latents."""
+    """Shape of a model. `NanoWMConfig(**SIZES['B'])` is NanoWM-B/2, on 4x32x32 latents."""
     input_size: int | tuple[int, int] = 32  # height and width of a frame, in latents or pixels
     patch_size: int = 2
     in_channels: int = 4
@@ -37,19 +39,20 @@ class NanoWMConfig:
     action_dim: int = 7  # numbers per frame; 0 for a model without actions
     injection: str = 'additive'  # how the action enters: one of INJECTIONS
     causal: bool = True  # a frame sees itself and the past only
-    zero_cross_gate: bool = False  # cross_attention as the reference begins it, which never hears an action
+    zero_cross_gate: bool = False  # start cross_attention as the reference does: it never learns
 
     def __post_init__(self):
         size = self.input_size
         self.input_size = (size, size) if isinstance(size, int) else tuple(size)
+        check_choice('injection', self.injection, INJECTIONS)
         if self.depth < 2:
-            raise UserError(f'depth={self.depth}: expected 2 or more, a block for space and one for time')
-        if self.injection not in INJECTIONS:
-            raise UserError(f'injection={self.injection!r}: expected one of {", ".join(INJECTIONS)}')
-        if any(s % self.patch_size for s in self.input_size):
-            raise UserError(f'input_size={self.input_size} does not divide into patches of {self.patch_size}')
+            raise UserError(f'depth={self.depth}: expected 2 or more, one for space and one for time')
+        if any(side % self.patch_size for side in self.input_size):
+            raise UserError(f'input_size={self.input_size} does not divide into patches of '
+                            f'{self.patch_size}')
         if self.hidden_size % (4 * self.num_heads):
-            raise UserError(f'hidden_size={self.hidden_size} must be a multiple of 4 * num_heads={4 * self.num_heads}')
+            raise UserError(f'hidden_size={self.hidden_size} must be a multiple of '
+                            f'4 * num_heads={4 * self.num_heads}')
 
     @property
     def grid(self):
@@ -61,12 +64,12 @@ class NanoWMConfig:
 # small parts
 
 def modulate(x, shift, scale):
-    """The adaLN of one frame's patches: x [B,F,P,D] with shift, scale [B,F,1,D]."""
+    """The affine half of adaLN: x [B,F,P,D] with shift, scale [B,F,1,D] for all patches of a frame."""
     return x * (1 + scale) + shift
 
 
 def norm(x):
-    """LayerNorm without weights: adaLN scales and shifts."""
+    """The other half: LayerNorm without weights of its own."""
     return F.layer_norm(x, x.shape[-1:], eps=1e-6)
 
 
@@ -76,11 +79,11 @@ def modulation(dim, num_chunks):
 
 
 class ZeroLinear(nn.Linear):
-    """A Linear that NanoWM.init_weights starts at zero: what it gates or outputs is silent at first."""
+    """A Linear that NanoWM.init_weights sets to zero: what it gates or outputs starts at zero."""
 
 
 class RMSNorm(nn.RMSNorm):
-    """Stays in the dtype of its input under autocast, where the fused kernel wants its weight too."""
+    """Stays in the dtype of its input under autocast: the fused kernel wants its weight in it too."""
 
     def forward(self, x):
         return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
@@ -136,7 +139,8 @@ class FinalLayer(nn.Module):
         x = self.linear(modulate(norm(x), shift, scale))
         (rows, cols), p = self.config.grid, self.config.patch_size
         x = x.unflatten(-1, (p, p, -1)).unflatten(2, (rows, cols))  # [B,F,rows,cols,p,p,C]
-        return x.permute(0, 1, 6, 2, 4, 3, 5).flatten(5, 6).flatten(3, 4)  # [B,F,C,H,W]
+        x = x.permute(0, 1, 6, 2, 4, 3, 5)  # [B,F,C,rows,p,cols,p]
+        return x.flatten(5, 6).flatten(3, 4)  # [B,F,C,H,W]
 
 
 def sinusoids(t):
@@ -147,10 +151,10 @@ def sinusoids(t):
 
 
 # -----------------------------------------------------------------------------
-# rotary position: rotate pair i of a head by position * frequency_i, so that q.k depends on distances only
+# rotary position: turn pair i of a head by position * frequency_i, so that q.k depends on distances
 
 def rope_angles(positions, num_freqs):
-    """Angles [len(positions), num_freqs] of positions at frequencies 10000^(-i/num_freqs) (Su et al. 2021)."""
+    """Angles [len(positions), num_freqs] at frequencies 10000^(-i/num_freqs) (Su et al. 2021)."""
     return positions[:, None].float() * 10000 ** (-torch.arange(num_freqs) / num_freqs)
 
 
@@ -160,7 +164,10 @@ def rope_tables(angles):
 
 
 def rotate(x, cos, sin):
-    """Rotate x [...,L,d] by tables [L,d]; the pairs are the first half of d with the second half."""
+    """Turn x [...,L,d]: pair (a, b) becomes (a cos - b sin, b cos + a sin).
+
+    a is from the first half of d, b from the second; rolling by half a head swaps them.
+    """
     return torch.addcmul(x * cos.to(x.dtype), x.roll(x.shape[-1] // 2, dims=-1), sin.to(x.dtype))
 
 
@@ -169,40 +176,44 @@ def rotate(x, cos, sin):
 
 @dataclass
 class Axis:
-    """What attention along one axis has to know besides x: space for the patches of a frame, or time."""
+    """What attention has to know of its axis besides x: space (patches of a frame) or time (frames)."""
     rope: tuple  # cos and sin [L,d] of the L positions that x has along the axis
     causal: bool = False  # position i sees positions up to i only
-    # with a cache, x are some frames of a window
+    actions: torch.Tensor = None  # time: [B,K,D] embedded, of the first K frames of the window
+    # with a cache, where x are some frames of a window
     places: torch.Tensor = None  # [L], which ones
-    mask: torch.Tensor = None  # [L,window], true where a frame sees another; takes the place of causal
-    # for cross-attention
-    actions: torch.Tensor = None  # [B,K,D] embedded, of the first K frames of the window
+    mask: torch.Tensor = None  # [L,window], true where a frame sees another; instead of causal
 
     def __getitem__(self, part):
-        """The same for a slice of x's frames; with a cache."""
+        """The same for a slice of the frames; with a cache."""
         cos, sin = self.rope
-        return replace(self, rope=(cos[part], sin[part]), places=self.places[part], mask=self.mask[part])
+        return Axis((cos[part], sin[part]), self.causal, self.actions, self.places[part], self.mask[part])
 
 
 def attend(q, k, v, axis):
-    """softmax(q k' / sqrt(d)) v for q [B,N,heads,L,d] and k, v [B,N,heads,K,d], as the axis lets L see K."""
-    masked = axis.causal or axis.mask is not None
-    if masked and q.device.type == 'cpu':
-        # time on a CPU is thousands of problems of a few frames, where plain products beat the fused kernel
-        mask = axis.mask
+    """softmax(q k' / sqrt(d)) v for q [B,N,heads,L,d] and k, v [B,N,heads,K,d]."""
+    mask = axis.mask
+    if axis.causal and q.device.type == 'cpu':
+        # in time, thousands of problems of a few frames each: plain products beat the fused kernel
         if mask is None:
-            mask = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool).tril()
+            mask = causal_mask(q.shape[-2], q.device)
         scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
         return scores.masked_fill(~mask, -math.inf).softmax(dim=-1) @ v
     B = len(q)
-    q, k, v = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)  # the fused kernels want four dimensions
-    causal = axis.causal and axis.mask is None
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=axis.mask, is_causal=causal)
+    q, k, v = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)  # fused kernels want 4 dimensions
+    causal = axis.causal and mask is None
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
     return out.unflatten(0, (B, -1))
 
 
+def causal_mask(length, device):
+    """[L,L], true where position i sees position j."""
+    return torch.ones(length, length, dtype=torch.bool, device=device).tril()
+
+
 class Attention(nn.Module):
-    """Self-attention along the second to last axis of x [B,N,L,D]; the N rows do not see each other."""
+    """Self-attention along L of x [B,N,L,D]: frames do not see each other in space (N = F, L = P),
+    nor patch positions in time (N = P, L = F)."""
 
     def __init__(self, dim, num_heads):
         super().__init__()
@@ -229,7 +240,7 @@ class Attention(nn.Module):
         return self.proj(x.transpose(2, 3).flatten(3))
 
     def remember(self, x, axis, cache):
-        """Only the keys and values of x, into the cache: for frames whose output nobody needs."""
+        """Keys and values of x into the cache, and no more."""
         D = x.shape[-1]
         kv = F.linear(x, self.qkv.weight[D:], self.qkv.bias[D:])
         k, v = self.heads(kv, 2)
@@ -237,7 +248,10 @@ class Attention(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Patches ask, actions answer. In space there is one action, the frame's own; in time, those up to the frame's."""
+    """Patches attend to actions: in time, to those up to their frame's; in space, to their frame's own.
+
+    With that single key the softmax is 1 and the answer is its value, whatever the query.
+    """
 
     def __init__(self, dim, num_heads, temporal):
         super().__init__()
@@ -246,7 +260,7 @@ class CrossAttention(nn.Module):
         self.kv = nn.Linear(dim, 2 * dim)
         self.proj = ZeroLinear(dim, dim)
         if not temporal:
-            self.q.requires_grad_(False)  # the softmax over a single key is 1, whatever the query
+            self.q.requires_grad_(False)  # in the checkpoints, and without effect
 
     def heads(self, x):
         """[B,L,D] -> [B,heads,L,d]."""
@@ -258,11 +272,11 @@ class CrossAttention(nn.Module):
             v = self.kv(a).chunk(2, dim=-1)[1]
             return self.proj(v)[:, :, None]
         B, N, P, D = x.shape
-        k, v = self.kv(axis.actions).chunk(2, dim=-1)  # [B,K,D], once per frame, shared by all its patches
+        k, v = self.kv(axis.actions).chunk(2, dim=-1)  # [B,K,D], shared by all patches of a frame
         mask = axis.mask
         if mask is None and axis.causal:
-            mask = torch.ones(N, N, dtype=torch.bool, device=x.device).tril()
-        if mask is not None:
+            mask = causal_mask(N, x.device)
+        if mask is not None:  # actions may be given for the beginning of the window only
             mask = mask[:, :k.shape[1]].repeat_interleave(P, dim=0)  # [F*P,K]
         q = self.heads(self.q(x).flatten(1, 2))
         x = F.scaled_dot_product_attention(q, self.heads(k), self.heads(v), attn_mask=mask)
@@ -275,7 +289,8 @@ class CrossAttention(nn.Module):
 class Block(nn.Module):
     """Attention and MLP, each shifted, scaled and gated by the frame's noise level (adaLN-Zero).
 
-    An injection overrides the one of `before`, `modulation`, `between` and `after` where the action comes in.
+    An injection overrides the one of `before`, `condition`, `between` and `after` where the action
+    comes in. Its own layers start at zero (ZeroLinear), and it uses no action of a later frame.
     """
 
     def __init__(self, config, temporal):
@@ -289,7 +304,7 @@ class Block(nn.Module):
     def before(self, x, a):
         return x
 
-    def modulation(self, c, a):
+    def condition(self, c, a):
         return self.adaLN_modulation(c)
 
     def between(self, x, a):
@@ -301,7 +316,7 @@ class Block(nn.Module):
     def forward(self, x, c, a, axis, cache=None):
         """x [B,F,P,D] patches, c [B,F,D] noise level, a [B,F,D] action -> [B,F,P,D]."""
         x = self.before(x, a)
-        six = self.modulation(c, a)[:, :, None].chunk(6, dim=-1)  # each [B,F,1,D]
+        six = self.condition(c, a)[:, :, None].chunk(6, dim=-1)  # each [B,F,1,D]
         shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = six
         x = x + gate_attn * self.attention(modulate(norm(x), shift_attn, scale_attn), axis, cache)
         x = self.between(x, a)
@@ -315,9 +330,9 @@ class Block(nn.Module):
         return self.attn(x.transpose(1, 2), axis, cache).transpose(1, 2)
 
     def remember(self, x, c, a, axis, cache):
-        """A temporal block's keys and values of x, and no more: for frames whose output nobody needs."""
+        """A temporal block's keys and values of x: all that later frames need of a finished one."""
         x = self.before(x, a)
-        shift, scale = self.modulation(c, a)[:, :, None].chunk(6, dim=-1)[:2]
+        shift, scale = self.condition(c, a)[:, :, None].chunk(6, dim=-1)[:2]
         self.attn.remember(modulate(norm(x), shift, scale).transpose(1, 2), axis, cache)
 
 
@@ -335,14 +350,14 @@ class AdaLNBlock(Block):
         super().__init__(config, temporal)
         self.action_adaLN_modulation = modulation(config.hidden_size, 6)
 
-    def modulation(self, c, a):
+    def condition(self, c, a):
         return self.adaLN_modulation(c) + self.action_adaLN_modulation(a)
 
 
 class AdaLNFuseBlock(Block):
     """The action is added to the noise level's embedding, and shares its adaLN."""
 
-    def modulation(self, c, a):
+    def condition(self, c, a):
         return self.adaLN_modulation(c + a)
 
 
@@ -364,8 +379,8 @@ class CrossAttentionBlock(Block):
     def __init__(self, config, temporal):
         super().__init__(config, temporal)
         self.cross_attn = CrossAttention(config.hidden_size, config.num_heads, temporal)
-        # cross_attn.proj starts at zero: with this gate zero too, each one's gradient is a product with the other's
-        # zero, and neither ever moves
+        # cross_attn.proj starts at zero: with this gate at zero too, each one's gradient is a product
+        # with the other's zero, and neither ever moves
         gate = torch.zeros if config.zero_cross_gate else torch.ones
         self.cross_gate = nn.Parameter(gate(config.hidden_size))
 
@@ -399,13 +414,13 @@ class NanoWM(nn.Module):
             self.action_embedder = Embedder(config.action_dim, D)
         block = INJECTIONS[config.injection]
         self.blocks = nn.ModuleList(block(config, temporal=i % 2 == 1) for i in range(config.depth))
-        self.last_temporal = config.depth // 2 * 2 - 1  # its number
+        self.last_temporal = config.depth // 2 * 2 - 1  # index of that block
         self.final_layer = FinalLayer(config)
         self.build_rope()
         self.init_weights()
 
     def build_rope(self):
-        """In space half of a head's pairs turn with the row, half with the column; in time all with the frame."""
+        """In space half of a head encodes the row and half the column; in time all of it the frame."""
         d, (rows, cols) = self.config.hidden_size // self.config.num_heads, self.config.grid
         row, col = torch.arange(rows).repeat_interleave(cols), torch.arange(cols).repeat(rows)
         space = torch.cat([rope_angles(row, d // 4), rope_angles(col, d // 4)], dim=1)
@@ -418,7 +433,7 @@ class NanoWM(nn.Module):
     def init_weights(self):
         for m in self.modules():
             if isinstance(m, (nn.Linear, nn.Conv2d)):
-                nn.init.xavier_uniform_(m.weight.flatten(1))  # a patch convolution is a Linear on flat patches
+                nn.init.xavier_uniform_(m.weight.flatten(1))  # a convolution: a Linear on patches
                 if m.bias is not None:
                     nn.init.zeros_(m.bias)
         for i in (0, 2):
@@ -428,33 +443,35 @@ class NanoWM(nn.Module):
                 nn.init.zeros_(m.weight)
 
     def forward(self, x, t, action=None, cache=None, places=None, skip=0):
-        """Embed the frames, embed what conditions them, run the blocks, put the patches together again.
+        """Embed the frames, embed what conditions them, run the blocks, turn patches into frames again.
 
         x: [B,F,C,H,W] frames, F <= num_frames, each at its own noise level.
         t: [B,F] or [1,F] integer timestep of each frame; -1 means clean and is shown as 0.
-        action: [B,N,A] of the window, or None. action[:, f] is done at frame f and so conditions frame f+1.
-        Returns [B,F,C,H,W]: what the network says; the prediction target decides what that means.
+        action: [B,F,A], or None. action[:, f] is done at frame f and so conditions frame f+1.
+        Returns [B,F,C,H,W], what the network predicts; the target decides what that means.
 
-        A causal model may be given its window bit by bit (cache.py): cache has a KVCache for each temporal block, x are
-        the frames at `places` [F] of the window, and the first `skip` of them are remembered only: [B,F-skip,C,H,W]
-        come back, or None.
+        A causal model may be given its window in parts (cache.py). Then cache has a KVCache for each
+        temporal block, x are the frames at `places` [F] of the window, action is the whole window's,
+        and the first `skip` frames only enter the cache: [B,F-skip,C,H,W] come back, or None.
         """
         x = self.x_embedder(x) + self.pos_embed  # [B,F,P,D]
         c = self.t_embedder(sinusoids(t.clamp(min=0)))  # [B,F,D]
         if cache is None:
             places = torch.arange(x.shape[1], device=x.device)
-        actions = self.embed_actions(action, x)  # [B,N,D]
+        actions = self.embed_actions(action, x)
         a = actions[:, places]  # [B,F,D]
-        space = Axis(rope=(self.space_cos, self.space_sin))
-        time = Axis((self.time_cos[places], self.time_sin[places]), self.config.causal, actions=a)
-        if cache is not None:
+        space = Axis((self.space_cos, self.space_sin))
+        rope = self.time_cos[places], self.time_sin[places]
+        if cache is None:
+            time = Axis(rope, self.config.causal, a)
+        else:
             window = torch.arange(self.config.num_frames, device=x.device)
-            time = replace(time, places=places, mask=places[:, None] >= window, actions=actions)
+            time = Axis(rope, True, actions, places, mask=places[:, None] >= window)
 
         for i, block in enumerate(self.blocks):
             if i == 1:
-                x = x + self.temp_embed[:, places, None]  # rotary angles know distances only
-            if skip and i == self.last_temporal:  # from here on the first frames matter in memory only
+                x = x + self.temp_embed[:, places, None]  # before time is first looked at, as the reference
+            if skip and i == self.last_temporal:  # nobody needs more of the first frames than this
                 block.remember(x[:, :skip], c[:, :skip], a[:, :skip], time[:skip], cache[i])
                 if skip == x.shape[1]:
                     return None
@@ -466,18 +483,19 @@ class NanoWM(nn.Module):
         return self.final_layer(x, c)
 
     def embed_actions(self, action, x):
-        """[B,N,D]: to each frame belongs the action before it, and to frame 0 an exact zero."""
+        """[B,F,D]: to each frame belongs the action before it, and to frame 0 an exact zero."""
         if action is None or not self.config.action_dim:
             return x.new_zeros(len(x), self.config.num_frames, x.shape[-1])
         return F.pad(self.action_embedder(action[:, :-1]), (0, 0, 1, 0))
 
 
 def build_model(settings, frame_shape, action_dim):
-    """The NanoWM of train.py's settings, for frames (C,H,W) and `action_dim` numbers to act with. Raises UserError."""
+    """The NanoWM of train.py's settings, for frames (C,H,W) and actions of that many numbers."""
     size = settings['model_size']
-    if size and size not in SIZES:
-        raise UserError(f'model_size={size!r}: expected one of {", ".join(SIZES)}')
+    if size:
+        check_choice('model_size', size, SIZES)
     names = {f.name for f in fields(NanoWMConfig)}
     shape = {key: value for key, value in settings.items() if key in names} | SIZES.get(size, {})
-    shape |= dict(in_channels=frame_shape[0], input_size=tuple(frame_shape[1:]), action_dim=action_dim)
+    channels, *input_size = frame_shape
+    shape |= dict(in_channels=channels, input_size=tuple(input_size), action_dim=action_dim)
     return NanoWM(NanoWMConfig(**shape))

@@ -1,12 +1,12 @@
 """Prepare a dataset once, as the memory-mapped arrays that data.py reads.
 
-    python data.py wall                           # collect episodes of the wall world into data/wall
+    python data.py wall                           # collect episodes of the wall world in data/wall
     python data.py rt1 --root=path/to/fractal     # or convert a published dataset to latents
-    python data.py clips --root=path --name=mine --latents=False --image_size=64     # or your own recordings
+    python data.py clips --root=path --name=mine --latents=False --image_size=64     # or your own
 
-Every episode becomes a part, a file of its own in <out>.partial, which gets its name when it is whole: a part that is
-there is done. So a preparation may be killed at any moment and go on, with any number of processes, to the same bytes.
-In the end the parts are joined, for which the disk must hold the result twice.
+Every episode becomes a part, a file in <out>.partial that gets its name when it is whole: a part
+that is there is done. So a preparation may be killed at any moment and go on, with any number of
+processes, to the same bytes. In the end the parts are joined: the disk must hold the result twice.
 """
 import fcntl
 import json
@@ -27,7 +27,8 @@ import envs
 import readers
 from configurator import UserError, configure
 from data import to_model
-from machine import RANK, WORLD_SIZE, barrier, join_processes, leave_processes, pick_device, under_results
+from machine import (RANK, WORLD_SIZE, barrier, join_processes, leave_processes, pick_device,
+                     under_results)
 from vae import load_vae
 
 # settings ---------------------------------------------------------------------
@@ -36,18 +37,17 @@ out = ''  # where to; '' is data/<name>
 image_size = ''  # 64, or height,width as in 320,512; '' is the world's own, or 256
 episodes = 0  # at most so many; 0 is as many as the world says, or all there are [>= 0]
 seed = 0  # [>= 0]
-workers = os.cpu_count() // int(os.environ.get('LOCAL_WORLD_SIZE', 1))  # that play or read; 0: none but this [>= 0]
+workers = os.cpu_count() // int(os.environ.get('LOCAL_WORLD_SIZE', 1))  # that read; 0: none [>= 0]
 # of datasets
 root = ''  # the files; '' is where the environment variable says
 name = ''  # of the new dataset; '' is what it is
 latents = True  # encode the frames; False keeps pixels
 vae = ''  # folder or file; '' is $VAE_MODEL_PATH or pretrained/sd-vae-ft-mse
 device = ''  # that encodes: cpu, cuda, mps; '' is the best there is
-val_share = 0.1  # of the episodes for validation, where the publisher has no split [0 to 1]
+val_share = 0.1  # of the episodes for validation, if the publisher has no split [0 to 1]
 val_clips = 256  # latents: from so many episodes validation takes a stretch of frames [>= 1]
 val_frames = 100  # longest such stretch [>= 1]
 image_key = 'observation.images.image'  # the camera, of lerobot
-relative_actions = True  # of dino_pusht; False takes abs_actions.pth
 train_list = ''  # text file that names the training files, of csgo
 val_list = ''
 val_starts = ''  # .npy with the first frame of each validation file's fixed clip
@@ -55,24 +55,25 @@ val_starts = ''  # .npy with the first frame of each validation file's fixed cli
 
 
 def plan(episodes, folder, settings):
-    """{path of the part, without its ending: Episode} of all that is to be written, training first. Raises UserError.
+    """{path of the part, without its ending: Episode} of all that is to be written, training first.
 
-    Latents, and data with published starts, are validated on a fixed stretch each of some episodes. Metrics compare
-    with the original pixels, and only those of the stretches have to be kept.
+    Latents, and data with published starts, are validated on one stretch each of some episodes:
+    metrics compare with the original pixels, and only those of the stretches have to be kept.
+    Raises UserError.
     """
     rng = np.random.default_rng(settings['seed'])
-    num_val = max(1, round(settings['val_share'] * len(episodes)))
-    held_out = set(rng.permutation(len(episodes))[:num_val].tolist())
-    published = any(episode.split for episode in episodes)
+    held_out = rng.permutation(len(episodes))[:max(1, round(settings['val_share'] * len(episodes)))]
+    splits = ['train'] * len(episodes)
+    for i in held_out:
+        splits[i] = 'val'
     train, val = {}, {}
     for i, episode in enumerate(episodes):
-        in_val = episode.split == 'val' if published else i in held_out
-        if in_val:
-            val[f'{folder}/{i:06d}'] = episode._replace(split='val')
-        else:
-            train[f'{folder}/{i:06d}'] = episode._replace(split='train')
+        split = episode.split or splits[i]
+        part = val if split == 'val' else train
+        part[f'{folder}/{i:06d}'] = episode._replace(split=split)
     if not train or not val:
-        raise UserError(f'{len(episodes)} episodes: expected at least one for training and one for validation')
+        raise UserError(f'{len(episodes)} episodes: expected at least one for training '
+                        'and one for validation')
     if settings['latents'] or any(episode.start >= 0 for episode in episodes):
         chosen = sorted(rng.permutation(list(val))[:settings['val_clips']].tolist())
         val = {path: val[path]._replace(num_frames=settings['val_frames']) for path in chosen}
@@ -92,39 +93,39 @@ def write_part(path, pixels, actions, vae, keep_pixels):
 
 
 def claim(out):
-    """Make the folder for the parts. It is this preparation's alone while what is returned is open: a lock that ends
-    with the process, however that ends."""
-    try:
-        os.makedirs(f'{out}.partial', exist_ok=True)
-        lock = open(f'{out}.partial/lock', 'w')
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, FileNotFoundError) as e:  # not found: the other one has just finished
-        raise UserError(f'{out} is being prepared by another process') from e
+    """Make the folder for the parts: this preparation's alone, while the returned file is open."""
     if os.path.exists(out):
-        shutil.rmtree(f'{out}.partial', ignore_errors=True)
-        raise UserError(f'{out} is there already; delete it to make it again, or choose another --out')
+        raise UserError(f'{out} is there already; delete it to make it again, '
+                        'or choose another --out')
+    os.makedirs(f'{out}.partial', exist_ok=True)
+    lock = open(f'{out}.partial/lock', 'w')
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with the process, however it ends
+    except BlockingIOError as e:
+        raise UserError(f'{out} is being prepared by another process') from e
     return lock
 
 
 def begin(path, settings):
     """Note what is being prepared, or compare with what was begun. Raises UserError."""
-    settings = json.loads(json.dumps(settings))
+    settings = json.loads(json.dumps(settings))  # as it would be read
     if os.path.exists(path):
         with open(path) as f:
             begun = json.load(f)
         changed = [key for key in settings if settings[key] != begun.get(key)]
         if changed:
-            raise UserError(f'{os.path.dirname(path)} was begun with other settings ({", ".join(changed)}): '
-                            'use those again, or delete it')
+            raise UserError(f'{os.path.dirname(path)} was begun with other settings '
+                            f'({", ".join(changed)}): use those again, or delete it')
     with open(f'{path}.tmp', 'w') as f:
         json.dump(settings, f)
     os.replace(f'{path}.tmp', path)
 
 
 def prepare(out, settings, vae=None, workers=0):
-    """Write the episodes of a dataset into the folder `out`, as pixels or with a VAE as latents. Raises UserError.
+    """Write the episodes of a dataset into the folder `out`, as pixels or as latents of a VAE.
 
-    Under torchrun each process does every WORLD_SIZE-th part, reading ahead with so many workers of its own.
+    Under torchrun each process does every WORLD_SIZE-th part, with so many workers of its own that
+    read ahead. Raises UserError.
     """
     episodes = readers.list_episodes(settings)
     parts = plan(episodes, f'{out}.partial', settings)
@@ -132,14 +133,16 @@ def prepare(out, settings, vae=None, workers=0):
     if RANK == 0:
         lock = claim(out)
         weights = vae and vae.quant_conv.weight.sum().item()  # tells one autoencoder from another
-        begin(f'{out}.partial/begun.json', settings | dict(vae=weights, files=[e.name for e in episodes]))
+        files = [episode.name for episode in episodes]
+        begin(f'{out}.partial/begun.json', settings | dict(vae=weights, files=files))
     barrier()
     mine = list(parts)[RANK::WORLD_SIZE]
     todo = [path for path in mine if not os.path.exists(f'{path}.npz')]
-    reading = DataLoader([parts[path] for path in todo], batch_size=None, num_workers=workers,
-                         multiprocessing_context='spawn' if workers else None,
-                         worker_init_fn=readers.start_worker,
-                         collate_fn=partial(readers.read_episode, size=settings['image_size']))
+    reading = DataLoader(
+        [parts[path] for path in todo], batch_size=None, num_workers=workers,
+        multiprocessing_context='spawn' if workers else None,
+        worker_init_fn=readers.start_worker,
+        collate_fn=partial(readers.read_episode, size=settings['image_size']))
     with tqdm(total=len(mine), initial=len(mine) - len(todo), unit='episode', disable=RANK > 0,
               desc=f'preparing {os.path.basename(out)}') as bar:
         for path, (pixels, actions, error) in zip(todo, reading, strict=True):
@@ -161,11 +164,6 @@ def prepare(out, settings, vae=None, workers=0):
 # -----------------------------------------------------------------------------
 # putting the parts together
 
-def load(path, array):
-    with np.load(f'{path}.npz') as part:
-        return part[array]
-
-
 def assemble(out, parts, settings):
     """Join the parts in a folder beside them, which gets its name when it is whole."""
     whole = f'{out}.partial/whole'
@@ -178,26 +176,25 @@ def assemble(out, parts, settings):
             with open(f'{path}.error') as f:
                 broken[episode.name] = f.read()
         elif shapes[path][1] != width:
-            broken[episode.name] = f'its actions are {shapes[path][1]} numbers, those of others {width}'
+            broken[episode.name] = f'{shapes[path][1]} numbers an action, where others have {width}'
             print(f'skipped {episode.name}: {broken[episode.name]}')
         else:
             good[episode.split].append(path)
-    if not all(good.values()):
-        raise UserError(f'{out}: {len(broken)} of {len(parts)} episodes cannot be used, and nothing is left for '
-                        f'{" and ".join(split for split in good if not good[split])}')
-    for split in good:
+    for split, paths in good.items():
+        if not paths:
+            raise UserError(f'{out}: {len(broken)} of {len(parts)} episodes cannot be used, '
+                            f'and nothing is left for {split}')
         os.makedirs(f'{whole}/{split}')
-        rows = np.cumsum([0, *(shapes[path][0] for path in good[split])])
+        rows = np.cumsum([0, *(shapes[path][0] for path in paths)])
         np.save(f'{whole}/{split}/episodes.npy', rows)
-        with np.load(f'{good[split][0]}.npz') as part:
+        with np.load(f'{paths[0]}.npz') as part:
             arrays = part.files
         for array in arrays:
-            join(f'{whole}/{split}/{array}.npy', good[split], array, int(rows[-1]))
+            join(f'{whole}/{split}/{array}.npy', paths, array, int(rows[-1]))
     actions = np.load(f'{whole}/train/actions.npy', mmap_mode='r')
-    mean, std = actions.mean(axis=0, dtype=np.float64), actions.std(axis=0, dtype=np.float64)
     meta = settings | dict(
-        action_mean=mean.tolist(),
-        action_std=std.tolist(),
+        action_mean=actions.mean(axis=0, dtype=np.float64).tolist(),
+        action_std=actions.std(axis=0, dtype=np.float64).tolist(),
         # of each number: least, 1st and 99th percentile, greatest
         action_range=[np.percentile(numbers, (0, 1, 99, 100)).tolist() for numbers in actions.T],
         controls=controls.KNOWN.get(settings['what']),  # what a player holds; None: nobody knows
@@ -211,11 +208,16 @@ def assemble(out, parts, settings):
           f'{len(broken)} broken ones skipped')
 
 
+def load(path, array):
+    with np.load(f'{path}.npz') as part:
+        return part[array]
+
+
 def join(target, parts, array, rows):
     """Write an array of all parts, one after the other, as one .npy file of so many rows."""
     first = load(parts[0], array)
     header = dict(descr=first.dtype.str, fortran_order=False, shape=(rows, *first.shape[1:]))
-    with open(target, 'wb') as f:  # not mapped: on a full disk, a write says so and a mapping kills the process
+    with open(target, 'wb') as f:  # on a full disk, a mapped file would kill the process
         np.lib.format.write_array_header_1_0(f, header)
         for path in parts:
             f.write(load(path, array))
@@ -230,33 +232,35 @@ def parse_size(text):
     if len(sides) == 1:
         sides = 2 * sides
     if len(sides) != 2 or min(sides) < 8:
-        raise UserError(f'image_size={text}: expected a number like 64, or height,width like 320,512, of 8 or more')
+        raise UserError(f'image_size={text}: expected a number like 64, or height,width like '
+                        '320,512, of 8 or more')
     return tuple(sides)
 
 
 def complete(settings):
     """The settings that decide what is written, with nothing left empty. Raises UserError."""
-    settings = {key: settings[key] for key in settings if key not in ('out', 'workers', 'vae', 'device')}
-    what, size = settings['what'], settings['image_size']
+    where = ('out', 'workers', 'vae', 'device')
+    settings = {key: value for key, value in settings.items() if key not in where}
+    what, size = settings['what'], settings['image_size'] or '256'
     if what in envs.WORLDS:
         world = envs.WORLDS[what]
         settings['latents'] = False
         settings['episodes'] = settings['episodes'] or world.episodes
-        size = size or str(world.image_size)
+        size = settings['image_size'] or str(world.image_size)
     elif what in readers.DATASETS:
         variable = readers.DATASETS[what].variable
-        if not variable and not (settings['root'] and settings['name']):
-            raise UserError(f'{what} needs --root=<folder of the files> and --name=<name of the new dataset>')
         settings['root'] = settings['root'] or os.environ.get(variable, '')
         if not settings['root']:
-            raise UserError(f'where are the files of {what}? Say --root=<folder>, or set {variable}')
+            instead = f', or set {variable}' if variable else ''
+            raise UserError(f'where are the files of {what}? Say --root=<folder>{instead}')
     else:
         known = ', '.join([*envs.WORLDS, *readers.DATASETS])
         raise UserError(f'{what!r}: unknown dataset; expected one of {known}')
     settings['name'] = settings['name'] or what
-    settings['image_size'] = parse_size(size or '256')
+    settings['image_size'] = parse_size(size)
     if settings['latents'] and any(side % 8 for side in settings['image_size']):
-        raise UserError(f'image_size={size}: expected multiples of 8 for latents; --latents=False keeps pixels')
+        raise UserError(f'image_size={size}: expected multiples of 8 for latents; '
+                        '--latents=False keeps pixels')
     return settings
 
 
@@ -271,15 +275,14 @@ if __name__ == '__main__':
     out = under_results(out or f'data/{settings["name"]}')
     encoder = None
     if settings['latents']:
-        encoder = load_vae(vae, pick_device(device))
+        device = pick_device(device)
+        try:
+            encoder = load_vae(vae, device)
+        except UserError as e:
+            raise UserError(f'{e}; --latents=False keeps pixels') from e
     try:
         prepare(out, settings, encoder, workers)
     except OSError as e:
         raise UserError(str(e)) from e
     except KeyboardInterrupt as e:
         raise UserError(f'interrupted; the same command goes on from {out}.partial') from e
-    except RuntimeError as e:
-        if 'DataLoader worker' not in str(e):
-            raise
-        raise UserError(f'a process that reads has died, of too little memory? The same command with '
-                        f'--workers={workers // 2} goes on from {out}.partial') from e

@@ -1,8 +1,9 @@
-"""Where episodes come from: the worlds of envs.py, published datasets as they are on disk, and your own recordings.
+"""Where episodes come from: the worlds of envs.py, published datasets, and your own recordings.
 
-Each reader lists the episodes of one kind of folder, and each episode knows how to read itself; prepare.py does the
-rest. To add a dataset, write such a function and give it a row in DATASETS, at the end. These files come from
-strangers: nothing in them is run, and nothing they say makes us read a file elsewhere.
+Each reader lists the episodes of one kind of folder, and each episode knows how to read itself;
+prepare.py does the rest. To add a dataset, write such a function and give it a row in DATASETS, at
+the end. The files come from strangers: nothing in them is run, and nothing that they say makes us
+read a file elsewhere.
 """
 import glob
 import json
@@ -13,7 +14,6 @@ import signal
 import threading
 from collections.abc import Callable
 from functools import cache, lru_cache, partial
-from io import BytesIO
 from itertools import islice
 from typing import NamedTuple
 
@@ -25,7 +25,7 @@ import envs
 from configurator import UserError
 from machine import RANK
 from pickles import load_array
-from recordings import Episode, clips, extra, natural, read_picture, read_video
+from recordings import Episode, clips, extra, natural, read_video
 
 
 def list_episodes(settings):
@@ -33,45 +33,42 @@ def list_episodes(settings):
     what, count = settings['what'], settings['episodes']
     if what in envs.WORLDS:
         return world(settings)
-    root = os.path.expanduser(settings['root'])
+    root = os.path.abspath(os.path.expanduser(settings['root']))
     try:
         episodes = DATASETS[what].reader(root, settings)
     except UserError:
         raise
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as e:
-        # whatever a stranger's metadata lacks or holds instead; a KeyError says no more than the key
-        raise UserError(f'{root}: its metadata is not as {what} has it ({type(e).__name__}: {e})') from e
-    if 0 < count < len(episodes):  # spread over all of them, with at least one of each split
-        chosen = {i * len(episodes) // count for i in range(count)}
-        splits = [episode.split for episode in episodes]
-        chosen |= {splits.index(split) for split in ('train', 'val', '') if split in splits}
-        episodes = [episodes[i] for i in sorted(chosen)]
+        # whatever a stranger's metadata lacks or holds instead; a KeyError says only the key
+        raise UserError(f'{root}: its metadata is not as {what} has it '
+                        f'({type(e).__name__}: {e})') from e
+    if 0 < count < len(episodes):  # from the first to the last, so that no split is left out
+        chosen = np.linspace(0, len(episodes) - 1, count).astype(int)
+        episodes = [episodes[i] for i in chosen]
     return episodes
 
 
 def read_episode(episode, size):
-    """(pixels uint8 [T,3,*size], actions float32 [T,A], ''), or (None, None, why the episode cannot be read)."""
+    """(pixels uint8 [T,3,*size], actions float32 [T,A], ''), or (None, None, what is wrong)."""
     try:
         frames, actions = episode.read()
-        pixels = [resize(frame, size) for frame in frames]  # one at a time: only the small ones are kept
+        pixels = [resize(frame, size) for frame in frames]  # only the small ones are kept
         actions = np.asarray(actions, dtype=np.float32)
-        if not pixels:
-            raise ValueError('it has no frames')
         if len(actions) == len(pixels) - 1:  # nothing was done at the last frame
             actions = np.concatenate([actions, actions[-1:]])
         if len(actions) != len(pixels) or actions.ndim != 2:
             raise ValueError(f'{len(pixels)} frames, but actions {list(actions.shape)}')
         if not np.isfinite(actions).all():
             raise ValueError('some actions are not finite')
-        first, end = 0, len(pixels)
         if episode.num_frames:
             first = episode.start
             if first < 0:
                 first = max(0, (len(pixels) - episode.num_frames) // 2)  # from the middle
-            end = first + episode.num_frames
-        if first >= len(pixels):
-            raise ValueError(f'its published start is frame {first} of {len(pixels)}')
-        return np.stack(pixels[first:end]), actions[first:end], ''
+            pixels = pixels[first:first + episode.num_frames]
+            actions = actions[first:first + episode.num_frames]
+        if not pixels:
+            raise ValueError('it has no frames, or none where its validation clip begins')
+        return np.stack(pixels), actions, ''
     except Exception as e:  # whatever is wrong with one episode, the others go on
         return None, None, f'{type(e).__name__}: {e}'
 
@@ -88,36 +85,37 @@ def resize(frame, size):
 
 
 def start_worker(_):
-    """What a worker of a DataLoader does first."""
-    def leave_with_parent():  # even one that was killed: else a worker waits forever for its result to be taken
+    """What a worker of a DataLoader does first: leave Ctrl-C to its parent, and end with it.
+
+    A worker whose parent was killed would wait forever for its result to be taken.
+    """
+    def end_with_parent():
         multiprocessing.parent_process().join()
         os._exit(1)
 
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent to answer
-    threading.Thread(target=leave_with_parent, daemon=True).start()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=end_with_parent, daemon=True).start()
 
 
-def one_of(root, pattern):
-    """The first file under root that matches the pattern."""
-    found = sorted(glob.glob(os.path.join(glob.escape(root), pattern), recursive=True))
-    if found:
-        return found[0]
-    there = 'no such folder'
-    if os.path.isdir(root):
-        there = ', '.join(sorted(os.listdir(root))[:8]) or 'nothing'
-    raise UserError(f'{root}: looked there for {pattern} and found {there}')
+def find(root, pattern):
+    """The files under root that match the pattern, in order. Raises UserError if there are none."""
+    found = glob.glob(os.path.join(glob.escape(root), pattern), recursive=True)
+    if not found:
+        there = 'no such folder'
+        if os.path.isdir(root):
+            there = ', '.join(sorted(os.listdir(root))[:8]) or 'nothing'
+        raise UserError(f'{root}: looked there for {pattern} and found {there}')
+    return sorted(found, key=natural)
 
 
 # -----------------------------------------------------------------------------
-# worlds: here reading is playing. Every episode has a seed of its own; the last tenth is for validation
+# worlds: here reading is playing. Every episode has a seed of its own; the last tenth validates
 
 def world(settings):
     name, count, (height, width) = settings['what'], settings['episodes'], settings['image_size']
     simulator(name)  # says now if it is not installed
-    if count < 2:
-        raise UserError(f'episodes={count}: expected 2 or more, one is for validation')
     if height != width:
-        raise UserError(f'image_size={height},{width}: {name} draws square pictures; expected one number')
+        raise UserError(f'image_size={height},{width}: {name} draws square pictures')
     num_train = count - max(1, count // 10)
     episodes = []
     for i in range(count):
@@ -143,67 +141,57 @@ def play(name, size, seed):
 
 
 # -----------------------------------------------------------------------------
-# LeRobot v2.0, v2.1 and v3.0: parquet and video. meta/info.json says where, by templates of paths
+# LeRobot v2.0, v2.1 and v3.0: actions in parquet, and video; meta/info.json has templates of paths
 
-FIELD = re.compile(r'\{\w+(:\d{1,2}d)?\}')
+FIELD = re.compile(r'\{(\w+):?((?:\d{1,2}d)?)\}')
 
 
 def lerobot(root, settings):
-    parquet = extra('pyarrow.parquet', 'pyarrow')
-    with open(inside(root, one_of(root, 'meta/info.json'))) as f:
+    parquet = extra('pyarrow.parquet')
+    extra('av')  # says now, not for every episode, if it is missing
+    with open(inside(root, find(root, 'meta/info.json')[0])) as f:
         info = json.load(f)
-    camera, features = settings['image_key'], info['features']
-    cameras = [key for key, feature in features.items() if feature['dtype'] in ('video', 'image')]
-    if 'action' not in features:
-        raise UserError(f'{root}/meta/info.json: no feature action, but {", ".join(features)}')
+    camera = settings['image_key']
+    cameras = [key for key, feature in info['features'].items() if feature['dtype'] == 'video']
     if camera not in cameras:
-        raise UserError(f'{root}/meta/info.json: no camera {camera!r}; '
-                        f'its cameras are {", ".join(cameras) or "none"}: choose one with --image_key=')
-    if features[camera]['dtype'] == 'video':
-        extra('av')  # says now, not for every episode, if it is missing
+        raise UserError(f'{root}/meta/info.json: no video of a camera {camera!r}; its cameras '
+                        f'are {", ".join(cameras) or "none"}: choose one with --image_key=')
 
+    rows = []
     if os.path.exists(f'{root}/meta/episodes.jsonl'):  # v2
         with open(inside(root, 'meta/episodes.jsonl')) as f:
             rows = [json.loads(line) for line in f if line.strip()]
     else:
-        rows = []
-        one_of(root, 'meta/episodes/*/*.parquet')
-        for path in sorted(glob.glob(f'{glob.escape(root)}/meta/episodes/*/*.parquet')):
-            columns = [c for c in parquet.read_schema(inside(root, path)).names if not c.startswith('stats/')]
+        for path in find(root, 'meta/episodes/*/*.parquet'):
+            names = parquet.read_schema(inside(root, path)).names
+            columns = [name for name in names if not name.startswith('stats/')]
             rows += parquet.read_table(path, columns=columns).to_pylist()
 
     episodes = []
     for row in rows:
-        i, split = row['episode_index'], ''
-        if 'val' in info.get('splits', {}):  # most have one for training only
-            first, end = map(int, info['splits']['val'].split(':'))
-            split = 'val' if first <= i < end else 'train'
-        read = partial(read_lerobot, root, camera, (i, row['length']), *locate(info, camera, row))
-        episodes.append(Episode(f'{root} episode {i}', read, split))
+        number, videos = row['episode_index'], f'videos/{camera}'
+        row = row | dict(episode_chunk=number // info['chunks_size'], video_key=camera)
+        data = fill(info['data_path'], row, 'data')
+        video = fill(info['video_path'], row, videos)
+        start = row.get(f'{videos}/from_timestamp', 0.0)
+        read = partial(read_lerobot, root, number, row['length'], data, video, start)
+        episodes.append(Episode(f'{root} episode {number}', read))
     return episodes
 
 
-def locate(info, camera, row):
-    """(data file, video file or '', seconds into the video) of an episode.
+def fill(template, row, prefix):
+    """The path that a template means for an episode with this row of metadata.
 
-    v2 gives each episode files of its own; v3 packs many into one file, and their rows of metadata say into which.
+    v2 gives each episode files of its own; v3 packs many into one, and the row says under `prefix`
+    into which. Not by str.format: a stranger's width of 10^9 would take gigabytes.
     """
-    def fields(prefix):
-        return {key: row[f'{prefix}/{key}'] for key in ('chunk_index', 'file_index') if f'{prefix}/{key}' in row}
+    def value(field):
+        name, width = field.groups()
+        if f'{prefix}/{name}' in row:
+            name = f'{prefix}/{name}'
+        return format(row[name], width)
 
-    i, videos = row['episode_index'], f'videos/{camera}'
-    names = dict(episode_index=i, episode_chunk=i // info['chunks_size'], video_key=camera)
-    data = fill(info['data_path'], names | fields('data'))
-    if info['features'][camera]['dtype'] != 'video':
-        return data, '', 0.0
-    return data, fill(info['video_path'], names | fields(videos)), row.get(f'{videos}/from_timestamp', 0.0)
-
-
-def fill(template, names):
-    """The path that a template means. Only fields like {episode_index:06d}: a width of 10^9 would take gigabytes."""
-    if set('{}') & set(FIELD.sub('', template)):
-        raise ValueError(f'path {template!r}: expected no other fields than such as {{episode_index:06d}}')
-    return template.format(**names)
+    return FIELD.sub(value, template)
 
 
 def inside(root, path):
@@ -217,81 +205,62 @@ def inside(root, path):
 
 
 @lru_cache(maxsize=1)  # the next episode is in the same file
-def parquet_table(path, columns):
-    table = extra('pyarrow.parquet', 'pyarrow').read_table(path, columns=list(columns))
-    return table['episode_index'].to_numpy(), table
+def read_table(path):
+    return extra('pyarrow.parquet').read_table(path, columns=['episode_index', 'action'])
 
 
-def read_lerobot(root, camera, episode, data, video, start):
-    number, length = episode
-    columns = ('episode_index', 'action') if video else ('episode_index', 'action', camera)
-    index, table = parquet_table(inside(root, data), columns)
-    rows = np.flatnonzero(index == number)
-    if len(rows) != length or length == 0 or rows[-1] - rows[0] != length - 1:
-        raise ValueError(f'{data} has {len(rows)} rows of it; expected {length}, one after the other')
-    table = table.slice(rows[0], length)
-    actions = np.array(table['action'].to_pylist()).reshape(length, -1)
-    if video:
-        return islice(read_video(inside(root, video), start), length), actions
-    return (read_picture(BytesIO(cell['bytes'])) for cell in table[camera].to_pylist()), actions
+def read_lerobot(root, number, length, data, video, start):
+    table = read_table(inside(root, data))
+    rows = np.flatnonzero(table['episode_index'].to_numpy() == number)
+    if len(rows) != length:
+        raise ValueError(f'{data} has {len(rows)} rows of it; expected {length}')
+    actions = np.array(table['action'].take(rows).to_pylist()).reshape(length, -1)
+    return islice(read_video(inside(root, video), start), length), actions
 
 
 # -----------------------------------------------------------------------------
 # Counter-Strike deathmatch (Pearce & Zhu 2021): HDF5
 
 def csgo(root, settings):
+    """Its published split is two lists of files, and the first frame of each validation clip."""
     extra('h5py')
-    one_of(root, '**/hdf5_dm_july2021_*.hdf5')
-    found = glob.glob(f'{glob.escape(root)}/**/hdf5_dm_july2021_*.hdf5', recursive=True)
-    split, start = csgo_split(settings['train_list'], settings['val_list'], settings['val_starts'])
+    val = listed(settings['val_list'])
+    split = dict.fromkeys(listed(settings['train_list']), 'train') | dict.fromkeys(val, 'val')
+    start = {}
+    if settings['val_starts']:
+        numbers = np.load(settings['val_starts'], allow_pickle=False).ravel()
+        start = dict(zip(val, numbers.astype(int).tolist(), strict=True))
     episodes = []
-    for path in sorted(found, key=natural):
-        name = os.path.basename(path)
-        if re.search(r'july2021_\d+\.hdf5$', name) and (name in split or not split):
-            episodes.append(Episode(path, partial(read_csgo, path), split.get(name, ''), start.get(name, -1)))
+    for path in find(root, '**/hdf5_dm_july2021_[0-9]*.hdf5'):
+        name = os.path.basename(path).removesuffix('.hdf5')
+        if name in split or not split:
+            read = partial(read_csgo, path)
+            episodes.append(Episode(path, read, split.get(name, ''), start.get(name, -1)))
     if len(episodes) < len(split) and RANK == 0:
         print(f'{root}: {len(split) - len(episodes)} of the {len(split)} listed files are not there')
     return episodes
 
 
-def csgo_split(train_list, val_list, val_starts):
-    """{file name: train or val}, {file name: first frame}: of two lists with a file name in each line, and an .npy with
-    a number for each line of the second."""
-    if bool(train_list) != bool(val_list) or val_starts and not val_list:
-        raise UserError('the published split is --train_list= and --val_list= together; --val_starts= goes with them')
-    split, names = {}, []
-    for part, path in (('train', train_list), ('val', val_list)):
-        if path:
-            with open(path) as f:
-                stems = [os.path.splitext(os.path.basename(line.strip()))[0] for line in f if line.strip()]
-            names = [f'{stem}.hdf5' for stem in stems]
-            split |= dict.fromkeys(names, part)
-    if not val_starts:
-        return split, {}
-    starts = np.load(val_starts, allow_pickle=False).ravel()
-    if len(starts) != len(names) or (starts < 0).any() or (starts % 1).any():
-        raise UserError(f'{val_starts} has {len(starts)} starts; expected a whole number of 0 or more for each of '
-                        f'the {len(names)} files of {val_list}')
-    return split, dict(zip(names, starts.astype(int).tolist(), strict=True))
+def listed(path):
+    """The file names in a text file, without their folders and endings."""
+    if not path:
+        return []
+    with open(path) as f:
+        names = [os.path.basename(line.strip()) for line in f]
+    return [name.removesuffix('.hdf5') for name in names if name]
 
 
 def read_csgo(path):
+    f = extra('h5py').File(path)  # open until the last frame is taken
     count = 0
-    with extra('h5py').File(path) as f:
-        while f'frame_{count}_x' in f:
-            count += 1
-        actions = [own_array(f, f'frame_{i}_y') for i in range(count)]
-    return csgo_frames(path, count), actions
-
-
-def csgo_frames(path, count):
-    with extra('h5py').File(path) as f:
-        for i in range(count):
-            yield own_array(f, f'frame_{i}_x')[..., ::-1]  # stored as BGR
+    while f'frame_{count}_x' in f:
+        count += 1
+    frames = (own_array(f, f'frame_{i}_x')[..., ::-1] for i in range(count))  # stored as BGR
+    return frames, [own_array(f, f'frame_{i}_y') for i in range(count)]
 
 
 def own_array(f, name):
-    """An array that lies in this HDF5 file itself: one could also point to any other file of the machine."""
+    """An array that lies in this HDF5 file; one could also point to any file of the machine."""
     array = f[name]
     own = isinstance(f.get(name, getlink=True), extra('h5py').HardLink)
     if not own or array.is_virtual or array.external:
@@ -302,79 +271,67 @@ def own_array(f, name):
 
 
 # -----------------------------------------------------------------------------
-# the DINO-WM sets (Zhou et al. 2024): actions.pth [N,T,A], padded; a file with the frames of each episode
+# the DINO-WM sets (Zhou et al. 2024): actions [N,T,A], padded; a file of frames for each episode
 
-def dino_wm(folder, frames_file, root, settings):
-    root = dino_folder(root, folder)
-    return dino_episodes(root, load_array(one_of(root, 'actions.pth')), frames_file)
+def dino_maze(name, root, settings):
+    return dino_episodes(f'{root}/{name}', 'actions.pth', 'obses/episode_{:03d}.pth')
+
+
+def dino_deformable(name, root, settings):
+    return dino_episodes(f'{root}/deformable/{name}', 'actions.pth', '{:06d}/obses.pth')
 
 
 def dino_pusht(root, settings):
-    """It comes with a split, as video, and with actions in pixels of its table, which become hundredths."""
+    """It comes with a split, as video."""
     extra('av')
-    root = dino_folder(root, 'pusht_noise')
-    name = 'rel_actions.pth' if settings['relative_actions'] else 'abs_actions.pth'
     episodes = []
     for split in ('train', 'val'):
-        folder = os.path.join(root, split)
-        actions = load_array(one_of(folder, name)).astype(np.float32) / 100
-        for episode in dino_episodes(folder, actions, 'obses/episode_{:03d}.mp4'):
+        folder = f'{root}/pusht_noise/{split}'
+        for episode in dino_episodes(folder, 'rel_actions.pth', 'obses/episode_{:03d}.mp4'):
             episodes.append(episode._replace(split=split))
     return episodes
 
 
-def dino_folder(root, folder):
-    """root may be the folder of all sets, or this one's."""
-    path = os.path.join(root, folder)
-    return path if os.path.isdir(path) else root
-
-
-def dino_episodes(root, actions, frames_file):
-    if actions.ndim != 3:
-        raise UserError(f'{root}: its actions are {list(actions.shape)}; expected [episodes, steps, numbers]')
+def dino_episodes(folder, actions_file, frames_file):
+    actions = load_array(find(folder, actions_file)[0])
     count, steps, _ = actions.shape
     lengths = np.full(count, steps)
-    found = glob.glob(f'{glob.escape(root)}/seq_lengths.p*')  # where all are equally long there may be none
+    found = glob.glob(f'{glob.escape(folder)}/seq_lengths.p*')  # none where all are equally long
     if found:
         lengths = load_array(found[0]).ravel().astype(int)
     if len(lengths) != count or lengths.min() < 1 or lengths.max() > steps:
-        raise UserError(f'{root}: expected a length of 1 to {steps} for each of its {count} episodes in seq_lengths')
-    one_of(root, re.sub('{.*}', '*', frames_file))
+        raise UserError(f'{folder}: expected a length of 1 to {steps} for each of its {count} '
+                        'episodes in seq_lengths')
     episodes = []
     for i, length in enumerate(lengths):
-        path = os.path.join(root, frames_file.format(i))
+        path = os.path.join(folder, frames_file.format(i))
         episodes.append(Episode(path, partial(read_dino_wm, path, actions[i, :length])))
     return episodes
 
 
 def read_dino_wm(path, actions):
-    if path.endswith('.mp4'):
-        return islice(read_video(path), len(actions)), actions
+    if path.endswith('.mp4'):  # PushT, whose actions are pixels: they become hundredths
+        return islice(read_video(path), len(actions)), actions.astype(np.float32) / 100
     frames = load_array(path)[:len(actions)]
-    if frames.dtype != np.uint8:  # some were saved as float
-        scale = 255 if frames.max() <= 1 else 1
-        frames = (frames * scale).round().astype(np.uint8)
-    return frames, actions
+    return frames.round().astype(np.uint8), actions  # Rope and Granular have 0 to 255 as floats
 
 
 # -----------------------------------------------------------------------------
 
 class Dataset(NamedTuple):
     reader: Callable  # (root, settings) -> Episodes
-    variable: str  # of the environment, that says where the files are; '' where --root and --name have to
+    variable: str  # of the environment, that says where the files are; '' is none
     about: str  # for --help
 
-
-DINO_PTH = 'obses/episode_{:03d}.pth'
 
 DATASETS = {
     'rt1': Dataset(lerobot, 'RT1_DATA_ROOT', 'RT-1, a robot arm'),
     'csgo': Dataset(csgo, 'CSGO_DATA_DIR', 'Counter-Strike deathmatch'),
-    'dino_point_maze': Dataset(partial(dino_wm, 'point_maze', DINO_PTH), 'DATASET_DIR', 'of DINO-WM'),
-    'dino_wall': Dataset(partial(dino_wm, 'wall_single', DINO_PTH), 'DATASET_DIR', 'of DINO-WM'),
+    'dino_point_maze': Dataset(partial(dino_maze, 'point_maze'), 'DATASET_DIR', 'of DINO-WM'),
+    'dino_wall': Dataset(partial(dino_maze, 'wall_single'), 'DATASET_DIR', 'of DINO-WM'),
     'dino_pusht': Dataset(dino_pusht, 'DATASET_DIR', 'of DINO-WM'),
-    'dino_rope': Dataset(partial(dino_wm, 'deformable/rope', '{:06d}/obses.pth'), 'DATASET_DIR', 'of DINO-WM'),
-    'dino_granular': Dataset(partial(dino_wm, 'deformable/granular', '{:06d}/obses.pth'), 'DATASET_DIR', 'of DINO-WM'),
-    'lerobot': Dataset(lerobot, '', 'any LeRobot dataset, v2.0 to v3.0'),
-    'clips': Dataset(clips, '', 'your recordings: videos, GIFs, arrays or folders of pictures, and their actions'),
+    'dino_rope': Dataset(partial(dino_deformable, 'rope'), 'DATASET_DIR', 'of DINO-WM'),
+    'dino_granular': Dataset(partial(dino_deformable, 'granular'), 'DATASET_DIR', 'of DINO-WM'),
+    'lerobot': Dataset(lerobot, '', 'any LeRobot dataset with video, v2.0 to v3.0'),
+    'clips': Dataset(clips, '', 'your videos, GIFs, arrays or folders of pictures, and actions'),
 }

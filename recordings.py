@@ -1,76 +1,63 @@
-"""Your own recordings: frames and actions out of ordinary files, which the readers of published datasets use too.
+"""Your own recordings: frames and actions out of ordinary files.
 
     name.mp4, name.gif, name.npy [T,H,W,3] or a folder of pictures, name/
-    name.npy or name.csv beside it: a row of numbers for each frame
+    name.csv or name.npy beside it: a row of numbers for each frame
 
-Frames come one at a time, uint8 [H,W,3], so that a minute of 1080p video is never in memory as a whole.
+Frames come one at a time, uint8 [H,W,3]: a minute of 1080p video would take 11 GB of memory.
 """
 import csv
 import glob
+import importlib
 import os
 import re
 from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
-import imageio.v3 as iio
 import numpy as np
 from PIL import Image, ImageOps
 
 from configurator import UserError
 
-VIDEO = ('.mp4', '.mkv', '.webm', '.mov', '.avi')
+VIDEO = ('.mp4', '.mkv', '.webm', '.mov', '.avi', '.gif')
 PICTURE = ('.png', '.jpg', '.jpeg', '.webp', '.bmp', '.tif', '.tiff')
 
 
 class Episode(NamedTuple):
-    """read() gives its frames, any iterable of uint8 [H,W,3], and its actions [T,A]; it travels to other processes."""
+    """Where one episode is read; it travels to other processes."""
     name: str  # how a person would find it again: a path, or a path and a number
-    read: Callable
+    read: Callable  # () -> frames, any iterable of uint8 [H,W,3], and actions [T,A]
     split: str = ''  # train or val; '' if the publisher does not say
     start: int = -1  # the published first frame of its fixed validation clip
-    num_frames: int = 0  # of the stretch that is taken, from that frame or in the middle; 0 is the whole episode
+    num_frames: int = 0  # of the stretch to take, from there or in the middle; 0 is the whole
 
 
 def clips(root, settings):
     """The Episodes of a folder of recordings. Raises UserError."""
-    if not os.path.isdir(root):
-        raise UserError(f'{root}: no such folder')
-    episodes, owner = [], {}
-    for name in sorted(os.listdir(root), key=natural):
-        path = os.path.join(root, name)
-        if name.startswith('.') or not is_clip(path):
-            continue
+    recordings = {}  # {path without its ending: path}
+    arrays = {}
+    for path in glob.glob(f'{glob.escape(root)}/*'):
         stem, ending = os.path.splitext(path)
-        if os.path.isdir(path):
-            stem = path
-        candidates = [f'{stem}.npy', f'{stem}.csv']
-        if ending.lower() == '.npy':
-            candidates = [f'{stem}.csv']
-        if stem in owner:
-            raise UserError(f'{path} and {owner[stem]} have one name, and so the same actions: rename one')
-        owner[stem] = path
-        actions = [candidate for candidate in candidates if os.path.exists(candidate)]
+        if pictures(path):
+            recordings[path] = path
+        elif ending.lower() in VIDEO:
+            recordings[stem] = path
+        elif ending == '.npy':
+            arrays[stem] = path
+    recordings = arrays | recordings  # beside another recording, an array is its actions
+    episodes = []
+    for stem in sorted(recordings, key=natural):
+        path = recordings[stem]
+        beside = [f'{stem}.csv', f'{stem}.npy']
+        actions = [file for file in beside if file != path and os.path.exists(file)]
         if not actions:
-            raise UserError(f'{path} has no actions beside it: '
-                            f'expected {" or ".join(candidates)}, a row for each frame')
+            raise UserError(f'{path} has no actions beside it: expected {stem}.csv or .npy, '
+                            'a row of numbers for each frame')
         episodes.append(Episode(path, partial(read_clip, path, actions[0])))
     if not episodes:
-        raise UserError(f'{root}: no clips there; looked for {", ".join(VIDEO)}, .gif, .npy and folders of pictures')
+        raise UserError(f'{root}: no clips there; looked for {", ".join(VIDEO)}, .npy '
+                        'and folders of pictures')
     return episodes
-
-
-def is_clip(path):
-    """Is it something that read_frames reads? An .npy may just as well hold the actions of another file."""
-    stem, ending = os.path.splitext(path)
-    if os.path.isdir(path):
-        return bool(pictures(path))
-    if ending.lower() != '.npy':
-        return ending.lower() in (*VIDEO, '.gif')
-    try:
-        return np.load(path, mmap_mode='r', allow_pickle=False).ndim >= 3
-    except (OSError, EOFError, ValueError):
-        return os.path.exists(f'{stem}.csv')  # a clip then, though a broken one: reading it says so by name
 
 
 def read_clip(path, actions):
@@ -81,10 +68,8 @@ def read_frames(path):
     """The frames of a video, GIF, folder of pictures or .npy [T,H,W,3], one after the other."""
     if os.path.isdir(path):
         return map(read_picture, pictures(path))
-    if path.lower().endswith('.npy'):
+    if path.endswith('.npy'):
         return np.load(path, mmap_mode='r', allow_pickle=False)
-    if path.lower().endswith('.gif'):
-        return iio.imiter(path, plugin='pillow', mode='RGB')
     return read_video(path)
 
 
@@ -92,21 +77,21 @@ def read_video(path, start=0.0):
     """Yield the frames of a video from `start` seconds on, turned upright."""
     with extra('av').open(path) as f:
         stream = f.streams.video[0]
-        stream.thread_type = 'SLICE'  # threads over frames would swallow the error of a file cut short
+        # threads over frames would swallow the error of a file that was cut short
+        stream.thread_type = 'SLICE'
         if start > 0:
             f.seek(int(start / stream.time_base), stream=stream)  # to the key frame before it
         for frame in f.decode(stream):
             if start > 0 and frame.time < start - 0.5 / stream.average_rate:
                 continue
-            # a telephone held upright records a picture on its side, and by how much to turn it
+            # a telephone held upright records a picture on its side, and how much to turn it
             yield np.rot90(frame.to_ndarray(format='rgb24'), frame.rotation // 90)
 
 
-def read_picture(file):
-    """A picture file, by its path or open, as uint8 [H,W,3]."""
-    with Image.open(file) as image:
+def read_picture(path):
+    with Image.open(path) as image:
         if image.mode.startswith('I'):
-            raise ValueError(f'{file} has 16 bits or more; expected 8')
+            raise ValueError(f'{path} has 16 bits or more; expected 8')
         return np.asarray(ImageOps.exif_transpose(image).convert('RGB'))
 
 
@@ -120,21 +105,14 @@ def read_actions(path):
     """[T,A] of an .npy, or of a .csv with or without a line of names."""
     if path.endswith('.npy'):
         values = np.load(path, allow_pickle=False)
-    else:
-        with open(path, newline='', encoding='utf-8-sig') as f:  # a spreadsheet's byte-order mark is no header
-            rows = [row for row in csv.reader(f) if row]
-        if not any(map(is_number, rows[0])):
-            rows = rows[1:]
-        values = np.array(rows, dtype=np.float32)
-    return values.reshape(len(values), -1)
-
-
-def is_number(text):
+        return values.reshape(len(values), -1)
+    with open(path, newline='', encoding='utf-8-sig') as f:  # spreadsheets begin with a mark
+        rows = [row for row in csv.reader(f) if row]
     try:
-        float(text)
+        float(rows[0][0])
     except ValueError:
-        return False
-    return True
+        rows = rows[1:]
+    return np.array(rows, dtype=np.float32)
 
 
 def natural(text):
@@ -142,9 +120,10 @@ def natural(text):
     return [int(part) if part.isdecimal() else part for part in re.split(r'(\d+)', text)]
 
 
-def extra(module, package=None):
-    """Import a module that only some datasets need."""
+def extra(module):
+    """Import a module that only some datasets need. Raises UserError."""
     try:
-        return __import__(module, fromlist=['_'])
+        return importlib.import_module(module)
     except ImportError as e:
-        raise UserError(f'reading this dataset needs {module}: pip install {package or module}') from e
+        package = module.split('.')[0]
+        raise UserError(f'reading this dataset needs {module}: pip install {package}') from e

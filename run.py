@@ -1,10 +1,11 @@
-"""A trained run, opened: its model, its diffusion, its settings, and the held-out clips that fit it.
+"""A trained run, opened: its model, diffusion and settings, and the held-out clips that fit it.
 
     model, diffusion, config = load_run('out/wall')
     clips = held_out(model, config, num_frames=16)
 
-A checkpoint of ours knows how it was trained. One that train.py did not write has to be told dataset, pred_name,
-frame_interval and context_frames, on the command line or in a config file: config/published/ has the reference's.
+A checkpoint of ours knows how it was trained. One that train.py did not write has to be told
+dataset, pred_name, frame_interval and context_frames, on the command line or in a config file:
+config/published/ has the reference's.
 """
 import os
 import tempfile
@@ -26,12 +27,12 @@ dataset = ''  # prepared dataset to start from; '' is the one the model was trai
 context_frames = 0  # given frames; 0 is what the model was trained for [>= 0]
 num_steps = 0  # denoising steps per frame; 0 is the run's own [>= 0]
 schedule = 'sequential'  # sequential, full_sequence or pyramid
-stabilization = 0.02  # how noisy the known frames are shown, as a share of the timesteps [0 to 1]
+stabilization = 0.02  # how noisy known frames are shown, as a share of the timesteps [0 to 1]
 solver = 'ddim'  # or dpmpp: DPM-Solver++ 2M, of second order, for fewer steps
 eta = 0.0  # of ddim: 0 is deterministic, 1 is DDPM [>= 0]
 grid = 'linear'  # the steps' timesteps: evenly spaced in t, or logsnr
 history = 0  # frames kept as context when the window slides; 0 is all but one [>= 0]
-cache = True  # remember finished frames; False runs the whole window at every step, for the same dream
+cache = True  # remember finished frames; False runs the whole window at every step, to the same end
 vae = ''  # decodes latents: folder or file; '' is $VAE_MODEL_PATH or pretrained/sd-vae-ft-mse
 device = ''  # cpu, cuda, mps; '' is the best there is
 dtype = ''  # fp32, bf16 or fp16 autocast; '' is bf16 on CUDA, else fp32
@@ -48,7 +49,7 @@ TOLD = ('pred_name', 'frame_interval', 'normalize_action', 'injection', 'causal'
 
 @dataclass
 class OpenedRun:
-    """What a script needs of a run; frames and actions go to `device`, and are computed with in `dtype`."""
+    """What a script needs of a run; frames and actions go to `device`, computed with in `dtype`."""
     ckpt: str
     model: torch.nn.Module
     diffusion: Diffusion
@@ -67,12 +68,10 @@ class OpenedRun:
 
 def open_run(settings):
     """The OpenedRun that the settings above name. Raises UserError."""
-    ckpt = settings['ckpt']
-    if os.path.exists(under_results(ckpt)):
-        ckpt = under_results(ckpt)
-    device = pick_device(settings['device'])
+    ckpt, device = locate(settings['ckpt']), pick_device(settings['device'])
     told = {key: settings[key] for key in TOLD}
-    model, diffusion, config = load_run(ckpt, device, settings['dataset'], settings['context_frames'], **told)
+    model, diffusion, config = load_run(ckpt, device, settings['dataset'],
+                                        settings['context_frames'], **told)
     return OpenedRun(
         ckpt=ckpt,
         model=model,
@@ -87,64 +86,70 @@ def open_run(settings):
         sampler={key: settings[key] for key in SAMPLER})
 
 
+def locate(ckpt):
+    """A run may lie under $RESULTS_DIR; a Hugging Face id stays what it is."""
+    moved = under_results(ckpt)
+    return moved if os.path.exists(moved) else ckpt
+
+
 def load_run(ckpt, device='', dataset='', context_frames=0, **told):
-    """(model, diffusion, config) of a checkpoint; config is a dict of train.py's settings, with action_scale.
+    """(model, diffusion, config) of a checkpoint; config is train.py's settings and action_scale.
 
     told: for a checkpoint that train.py did not write, TOLD's values. Raises UserError.
     """
-    device = pick_device(device)
+    ckpt, device = locate(ckpt), pick_device(device)
     told = {key: value for key, value in told.items() if value is not None}
     model, meta = load_model(ckpt, device, told.get('injection'), told.get('causal'))
-    if 'train' in meta:
-        if told:
-            raise UserError(f'{ckpt} knows how it was trained: leave out {" ".join(f"--{key}" for key in told)}')
-        config = meta['train'] | {'action_scale': meta['action_scale']}
-    else:
+    if 'train' not in meta:
         told |= {'context_frames': context_frames, 'dataset': dataset}
         config = config_of_a_stranger(ckpt, model.config, told)
-    try:
-        diffusion = Diffusion(config['pred_name'], config['noise_schedule'], config['zero_terminal_snr'],
-                              snr_gamma=config['snr_gamma'])
-    except KeyError as e:
-        raise UserError(f'{ckpt} lacks {e} in its metadata: was it written by this train.py?') from e
+    elif told:
+        options = ' '.join(f'--{key}' for key in told)
+        raise UserError(f'{ckpt} knows how it was trained: leave out {options}')
+    else:
+        config = meta['train'] | {'action_scale': meta['action_scale']}
+    diffusion = Diffusion(config['pred_name'], config['noise_schedule'],
+                          config['zero_terminal_snr'], snr_gamma=config['snr_gamma'])
     return model, diffusion.to(device), config
 
 
 def config_of_a_stranger(ckpt, model_config, told):
-    """train.py's settings of a checkpoint that it did not write. Raises UserError where something has to be told."""
+    """train.py's settings of a checkpoint that it did not write. Raises UserError."""
     needed = ('pred_name', 'frame_interval', 'context_frames', 'dataset')
-    missing = [f'--{key}=' for key in needed if not told.get(key)]
+    missing = ' '.join(f'--{key}=' for key in needed if not told.get(key))
     if missing:
-        raise UserError(f'{ckpt} does not say how it was trained: add {" ".join(missing)}')
-    guessed = dict(injection=model_config.injection, causal=model_config.causal, normalize_action=False)
+        raise UserError(f'{ckpt} does not say how it was trained: add {missing}')
+    guessed = dict(injection=model_config.injection, causal=model_config.causal,
+                   normalize_action=False)
     config = guessed | told
     print(f'{ckpt}: taken to be trained with', *(f'--{key}={config[key]}' for key in guessed))
-    scale = Clips(under_results(config['dataset']), 'val', 1, normalize=config['normalize_action'])
+    scale = Clips(under_results(told['dataset']), 'val', 1, normalize=config['normalize_action'])
     native = dict(noise_schedule=None, zero_terminal_snr=None, snr_gamma=0.0, sample_steps=250)
     return native | config | dict(num_frames=model_config.num_frames,
                                   action_scale=(scale.mean.tolist(), scale.std.tolist()))
 
 
 def held_out(model, config, num_frames, dataset=''):
-    """Validation clips as the run saw them (interval, action scale), from its dataset or another that fits it."""
+    """Validation clips as the run saw them, from its dataset or another that fits it."""
     dataset = under_results(dataset or config['dataset'])
     clips = Clips(dataset, 'val', num_frames, config['frame_interval'], config['action_scale'])
     want = (model.config.in_channels, *model.config.input_size)
     if clips.frames.shape[1:] != want or clips.action_dim != model.config.action_dim:
-        raise UserError(f'{dataset}: frames {clips.frames.shape[1:]} and {clips.action_dim} action numbers '
-                        f'do not fit the model, which takes {want} and {model.config.action_dim}')
+        raise UserError(f'{dataset}: frames {clips.frames.shape[1:]} and {clips.action_dim} action '
+                        'numbers do not fit the model, '
+                        f'which takes {want} and {model.config.action_dim}')
     return clips
 
 
 def load_decoder(model, path=''):
-    """The VAE that decodes what the model dreams, or None if it dreams pixels. Raises UserError."""
+    """The VAE that decodes what the model dreams; None if it dreams pixels. Raises UserError."""
     if model.config.in_channels == 3:
         return None
     return load_vae(path, model.pos_embed.device)
 
 
 def output_folder(ckpt):
-    """The folder for what is made with a checkpoint: its own, or out/<name> for a Hugging Face id."""
+    """Where what a checkpoint made goes: its own folder, or out/<name> for a Hugging Face id."""
     if os.path.isdir(ckpt):
         return ckpt
     if os.path.exists(ckpt):
@@ -153,7 +158,7 @@ def output_folder(ckpt):
 
 
 def make_folder(path):
-    """Make the folder if need be. Raises UserError now, before hours of work, if nothing can be written there."""
+    """Make the folder. Raises UserError now, before hours of work, if it cannot be written to."""
     try:
         os.makedirs(path, exist_ok=True)
         tempfile.TemporaryFile(dir=path).close()

@@ -1,8 +1,8 @@
-"""Dream: show the model the first frames of held-out clips, give it the actions, and write truth beside dream.
+"""Dream: show the model the first frames of held-out clips, give it the actions, compare with the truth.
 
-    python sample.py --ckpt=out/wall                            # GIF beside the checkpoint
-    python sample.py --ckpt=out/wall --num_frames=50            # longer than the model's window, which slides
-    python sample.py --ckpt=out/wall --actions=file.npy         # your own actions, float [num_frames, A]
+    python sample.py --ckpt=out/wall                        # GIF beside the checkpoint
+    python sample.py --ckpt=out/wall --num_frames=50        # beyond the model's window, which slides
+    python sample.py --ckpt=out/wall --actions=file.npy     # your own actions, float [num_frames, A]
 """
 import os
 
@@ -15,14 +15,14 @@ from configurator import UserError, configure
 from data import to_model
 from machine import autocast
 from pictures import side_by_side, to_pixels, write_video
-from run import held_out, load_run  # noqa: F401  for notebooks: from sample import dream, held_out, load_run
 
 
-def dream(model, diffusion, frames, action, num_context, num_steps, seed=0, progress=False, **options):
-    """Continue frames[:, :num_context] under action. frames [B,N,C,H,W] in [-1,1]; returns the same shape.
+def dream(model, diffusion, frames, action, num_context, num_steps, seed=0, progress=False,
+          **options):
+    """Continue frames[:, :num_context] under action. frames [B,F,C,H,W]; returns the same shape.
 
-    Clip i draws its noise from seed + i, on the CPU: the same in any batch and on any device, so that two rollouts of
-    a clip differ by their actions only. options go to Diffusion.sample.
+    Clip i draws its noise from seed + i, on the CPU: the same in any batch and on any device, so that
+    two rollouts of a clip differ by their actions only. options go to Diffusion.sample.
     """
     draws = []
     for i in range(len(frames)):
@@ -31,13 +31,12 @@ def dream(model, diffusion, frames, action, num_context, num_steps, seed=0, prog
     noise, context_noise = torch.stack(draws, dim=1).to(frames.device)
     with tqdm(disable=not progress, desc='dreaming', unit='eval') as bar:
         return diffusion.sample(model, frames[:, :num_context], action, frames.shape[1], num_steps,
-                                noise=noise, context_noise=context_noise, progress=bar.update, **options)
+                                noise, context_noise, progress=bar.update, **options)
 
 
 def read_actions(path, action_dim, frame_interval):
-    """Your own actions, float32 [num_frames, action_dim] as the model counts them, from an .npy. Raises UserError.
-
-    The file holds raw numbers, a row for each recorded frame or for each frame of the model.
+    """Raw actions float32 [F,frame_interval,A] of an .npy, which has a row for each recorded frame,
+    or one for each frame of the model. Raises UserError.
     """
     try:
         actions = np.load(path, allow_pickle=False).astype(np.float32)
@@ -46,10 +45,11 @@ def read_actions(path, action_dim, frame_interval):
     if not np.isfinite(actions).all():
         raise UserError(f'--actions={path}: some numbers are not finite')
     numbers = action_dim // frame_interval  # of a recorded action
-    if actions.ndim != 2 or actions.shape[1] not in (numbers, action_dim) or actions.size % action_dim:
+    fits = actions.ndim == 2 and actions.shape[1] in (numbers, action_dim)
+    if not fits or actions.size % action_dim:
         raise UserError(f'--actions={path} has shape {list(actions.shape)}: '
                         f'expected [{frame_interval} * num_frames, {numbers}]')
-    return actions.reshape(-1, action_dim)
+    return actions.reshape(-1, frame_interval, numbers)
 
 
 if __name__ == '__main__':
@@ -59,7 +59,7 @@ if __name__ == '__main__':
     fps = 4.0  # [> 0]
     num_clips = 6  # held-out starts, or with --actions: dreams of the same actions [>= 1]
     num_frames = 16  # length of the dream, context included [>= 2]
-    actions = ''  # .npy of float [num_frames, A] (or [num_frames * frame_interval, A]) instead of the recorded ones
+    actions = ''  # .npy of raw actions, a row per recorded frame; '' is the recorded ones
     seed = 0  # [>= 0]
     # --------------------------------------------------------------------------
     settings = configure(globals(), shared=run)
@@ -82,16 +82,15 @@ if __name__ == '__main__':
     frames, action = clips.batch(numbers)
     frames = to_model(frames, opened.device)
     if actions:
-        raw = own.reshape(num_frames, config['frame_interval'], -1)
-        scaled = torch.from_numpy((raw - clips.mean) / clips.std).reshape(1, num_frames, -1)
-        action = scaled.expand(len(frames), -1, -1)
+        action = torch.from_numpy(clips.standardise(own)).flatten(1)
+        action = action.expand(len(frames), -1, -1)
         unknown = frames.new_zeros(len(frames), num_frames - num_context, *frames.shape[2:])
         frames = torch.cat([frames, unknown], dim=1)
 
     torch.manual_seed(seed)  # what eta draws on the way
     with autocast(opened.device, opened.dtype):
-        dreamed = dream(model, opened.diffusion, frames, action.to(opened.device), num_context, opened.num_steps,
-                        seed, progress=True, **opened.sampler)
+        dreamed = dream(model, opened.diffusion, frames, action.to(opened.device), num_context,
+                        opened.num_steps, seed, progress=True, **opened.sampler)
     rows = {'dream': to_pixels(dreamed, opened.vae)}
     if not actions:
         truth = clips.pixels(numbers).movedim(2, -1).numpy()

@@ -97,7 +97,7 @@ def test_the_steps_axis_trains_once_and_compares_solvers_and_steps(options, call
 
 @pytest.mark.parametrize('option, said', [
     ('--axis=size', "axis='size': expected one of target, injection, scale, steps"),
-    ('--only=w', "only='w': expected some of epsilon,x,v,flow"),
+    ('--only=w', "only='w': expected one of epsilon, x, v, flow"),
     ('--solvers=heun', "solvers='heun'"),
     ('--steps=0', "steps='0': expected different numbers, 1 or more"),
     ('--seeds=0,0', "seeds='0,0': expected different numbers"),

@@ -6,10 +6,13 @@ from configurator import UserError
 from envs import WORLDS, Wall, make_world
 
 
+SIMULATORS = {'pusht': 'gym_pusht', 'two_room': 'stable_worldmodel'}  # packages that may be absent
+
+
 @pytest.fixture(params=WORLDS)
 def world(request):
-    if request.param == 'pusht':
-        pytest.importorskip('gym_pusht')
+    if request.param in SIMULATORS:
+        pytest.importorskip(SIMULATORS[request.param])
     return make_world(request.param)
 
 

@@ -63,11 +63,11 @@ def test_processes_do_not_matter(evaluated, tmp_path):
 
 
 @pytest.mark.parametrize('option, said', [
-    ('--metrics=psnr', 'expected some of lpips,fid,fvd'),
-    ('--lpips_net=resnet', 'expected vgg or alex'),
+    ('--metrics=psnr', 'expected one of lpips, fid, fvd'),
+    ('--lpips_net=resnet', 'expected one of vgg, alex'),
     ('--schedule=diagonal', "schedule='diagonal'"),
     ('--num_clips=1', 'num_clips=1: expected >= 2'),
-    ('--context_frames=4', 'expected less than num_frames=4'),
+    ('--context_frames=4', 'expected fewer than num_frames=4'),
 ])
 def test_a_mistake_ends_in_one_line(option, said, evaluated):
     options, *_ = evaluated

@@ -111,7 +111,7 @@ def test_all_that_can_be_switched_trains(wall, tmp_path):
 
 
 @pytest.mark.parametrize('option, line', [
-    ('--context_frames=4', 'context_frames=4: expected 1 to num_frames - 1'),
+    ('--context_frames=4', 'context_frames=4: expected less than num_frames=4'),
     ('--batch_size=0', 'command line: batch_size=0: expected >= 1'),
     ('--snr_gamma=-1', 'snr_gamma=-1.0: expected >= 0'),
     ('--gradient_clip_norm=-0.1', 'gradient_clip_norm=-0.1: expected >= 0'),
