@@ -24,7 +24,7 @@ import numpy as np
 from configurator import UserError, check_choice, check_choices, configure, run_config_file
 from diffusion import SOLVERS, TARGETS
 from evaluate import COLUMNS, markdown, with_interval
-from machine import under_results
+from machine import under_results, write_whole
 from metrics import interval
 from model import INJECTIONS
 from pictures import plot
@@ -200,7 +200,7 @@ if __name__ == '__main__':
     # --------------------------------------------------------------------------
     configure(globals(), argv=argv)
     seeds, steps = numbers('seeds', seeds, 0), sorted(numbers('steps', steps, 1))
-    solvers = check_choices('solvers', solvers, SOLVERS)
+    solvers = check_choices('solvers', solvers, SOLVERS) or list(SOLVERS)
     out_dir = os.path.abspath(under_results(out_dir))
 
     # the arm that the axes share: what the base says, and where it says nothing this
@@ -263,8 +263,7 @@ Intervals: 95 %, bootstrap over the clips, each averaged over the seeds. Evaluat
 """
     path = f'{results_dir}/{axis}_{base_name}'
     os.makedirs(results_dir, exist_ok=True)
-    with open(f'{path}.md', 'w') as f:
-        f.write(text)
+    write_whole(f'{path}.md', text)
     if axis == 'steps':
         plot(f'{path}.png', panels, steps, 'denoising steps a frame', log_ticks=True)
     else:

@@ -17,10 +17,10 @@ from functools import partial
 import numpy as np
 import torch
 
-from configurator import UserError, configure
+from configurator import check_choice, check_context, configure
 from data import Clips, random_dataset, to_model
 from diffusion import Diffusion
-from machine import autocast, matmul_rate, name_of, pick_device, pick_dtype, seconds, under_results
+from machine import autocast, matmul_rate, name_of, pick_device, pick_dtype, seconds, under_results, write_whole
 from model import build_model
 
 
@@ -51,23 +51,34 @@ def without_zeros(model):
     return model
 
 
-def time_rollout(diffusion, net, context, action, num_steps, repeats, **options):
-    """Seconds of a rollout, cached and plain in turns, and the videos' largest difference."""
+def compare(title, net, context, action, num_steps, **options):
+    """Report the frames/s of a rollout, cached and plain in turns, and how far the videos differ."""
     num_frames = action.shape[1]
-    noise = torch.randn(len(action), num_frames, *context.shape[2:], device=context.device)
+    noise = torch.randn(len(action), num_frames, *context.shape[2:], device=device)
     videos = {}
 
     def roll(cache, num_steps):
-        videos[cache] = diffusion.sample(net, context, action, num_frames, num_steps, noise=noise,
-                                         context_noise=noise[:len(context)], cache=cache, **options)
+        with precision:
+            videos[cache] = diffusion.sample(net, context, action, num_frames, num_steps,
+                                             noise=noise, context_noise=noise[:len(context)],
+                                             cache=cache, **options)
 
     roll(True, 2)  # to warm up; two steps have every shape there is
     roll(False, 1)
-    times = {True: [], False: []}
+    cached = plain = math.inf
     for _ in range(repeats):
-        for cache in times:
-            times[cache].append(seconds(partial(roll, cache, num_steps), context.device))
-    return min(times[True]), min(times[False]), (videos[True] - videos[False]).abs().max().item()
+        cached = min(cached, seconds(partial(roll, True, num_steps), device))
+        plain = min(plain, seconds(partial(roll, False, num_steps), device))
+    new = len(action) * (num_frames - context.shape[1])
+    report(f'{title}_cached', new / cached, 'frames/s')
+    report(f'{title}_plain', new / plain, 'frames/s')
+    report(f'{title}_speedup', plain / cached, 'times')
+    report(f'{title}_largest_difference', (videos[True] - videos[False]).abs().max().item(), '', 7)
+
+
+def report(key, value, unit, digits=2):
+    result[key] = value
+    print(f'{key.replace("_", " "):44} {value:12,.{digits}f} {unit}', flush=True)
 
 
 if __name__ == '__main__':
@@ -101,27 +112,20 @@ if __name__ == '__main__':
     rollouts = 1  # at once [>= 1]
     sample_steps = 10  # per frame [>= 1]
     schedule = 'sequential'
-    cem_rollouts = 8  # from one shared context frame, as planning asks for [>= 1]
-    cem_frames = 5  # dreamed by each [>= 1]
+    cem_rollouts = 8  # of 5 frames from one shared frame, as planning asks for [>= 1]
     cem_steps = 4  # per frame [>= 1]
     # --------------------------------------------------------------------------
     settings = configure(globals(), strict=False)
-    if mode not in ('train', 'rollout', 'data', 'all'):
-        raise UserError(f'mode={mode!r}: expected train, rollout, data or all')
+    check_choice('mode', mode, ('train', 'rollout', 'data', 'all'))
     rollout_frames = rollout_frames or num_frames
-    if context_frames >= rollout_frames:
-        raise UserError(f'context_frames={context_frames}: expected less than {rollout_frames}')
+    check_context(context_frames, rollout_frames)
     device = pick_device(device)
     dtype = pick_dtype(dtype, device)
     precision = autocast(device, dtype)
     torch.manual_seed(0)
     result = {'device': name_of(device), 'dtype': dtype, 'torch': torch.__version__}
-    print(*result.values(), 'compiled' * compile)
+    print(*result.values())
     result['settings'] = settings
-
-    def report(key, value, unit, digits=2):
-        result[key] = value
-        print(f'{key.replace("_", " "):44} {value:12,.{digits}f} {unit}', flush=True)
 
     # data and model
     if dataset and os.path.exists(under_results(dataset)):
@@ -156,11 +160,9 @@ if __name__ == '__main__':
             took = min(took, seconds(step, device))
             rate = max(rate, matmul_rate(device, dtype))
         flops = 3 * forward_flops(model) * batch_size
-        tokens = batch_size * num_frames * math.prod(model.config.grid)
         report('matmul', rate / 1e12, 'TFLOP/s')
         report('train_step', took * 1e3, 'ms')
         report('train_clips', batch_size / took, 'clips/s')
-        report('train_tokens', tokens / took, 'tokens/s', 0)
         report('train_rate', flops / took / 1e12, 'TFLOP/s')
         report('train_share_of_matmul', 100 * flops / took / rate, '%', 1)
         del optimizer
@@ -174,21 +176,8 @@ if __name__ == '__main__':
 
         wait = min(seconds(load, device) for _ in range(10 * repeats))
         report('data', batch_size / wait, 'clips/s', 0)
-        if mode == 'all':
-            share = 100 * wait / (wait + took)
-            report('data_share_of_a_step', share, '% waiting, if nothing overlaps')
 
     if mode in ('rollout', 'all'):
-        def compare(title, net, context, action, num_steps, **options):
-            with precision:
-                cached, plain, difference = time_rollout(diffusion, net, context, action, num_steps,
-                                                         repeats, **options)
-            new = len(action) * (action.shape[1] - context.shape[1])
-            report(f'{title}_cached', new / cached, 'frames/s')
-            report(f'{title}_plain', new / plain, 'frames/s')
-            report(f'{title}_speedup', plain / cached, 'times')
-            report(f'{title}_largest_difference', difference, '', 7)
-
         context = torch.randn(rollouts, context_frames, *frame_shape, device=device)
         action = torch.randn(rollouts, rollout_frames, A, device=device)
         compare('rollout', net, context, action, sample_steps, schedule=schedule, history=history)
@@ -202,23 +191,21 @@ if __name__ == '__main__':
             frame()  # to warm up
             report('one_frame', 1e3 * min(seconds(frame, device) for _ in range(repeats)), 'ms')
 
-        window = settings | {'num_frames': cem_frames + 1}
+        window = settings | {'num_frames': 6}
         model = without_zeros(build_model(window, frame_shape, A)).to(device)
         net = torch.compile(model, disable=not compile)
         context = torch.randn(1, 1, *frame_shape, device=device)
-        action = torch.randn(cem_rollouts, cem_frames + 1, A, device=device)
+        action = torch.randn(cem_rollouts, 6, A, device=device)
         compare('cem', net, context, action, cem_steps)
 
+    peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    if sys.platform == 'darwin':  # which counts bytes; others count KiB
+        peak /= 1024
     if device.startswith('cuda'):
         peak = torch.cuda.max_memory_allocated()
-    else:
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        if sys.platform != 'darwin':  # which counts bytes; others count KiB
-            peak *= 1024
     report('peak_memory', peak / 2 ** 30, 'GiB')
 
     out = under_results(out)
     os.makedirs(os.path.dirname(out) or '.', exist_ok=True)
-    with open(out, 'w') as f:
-        json.dump(result, f, indent=1)
+    write_whole(out, json.dumps(result, indent=1))
     print(out)

@@ -15,7 +15,6 @@ against.
 """
 import ast
 import difflib
-import glob
 import os
 import re
 import runpy
@@ -26,7 +25,7 @@ from typing import Any
 
 BLOCK = re.compile(r'# settings -+\n(.*?)\n *# -{20,}', re.DOTALL)
 BOUND = r'\[((?:>=? |\S+ to )\S+)\]'
-SETTING = re.compile(rf'^ *(\w+)(?:: (\w+))? = (.*?(?:{BOUND})?)$', re.MULTILINE)
+SETTING = re.compile(rf' *(\w+)(?:: (\w+))? = (.+?)(?:  # (.*?(?:{BOUND})?))?')
 
 
 class UserError(ValueError):
@@ -71,19 +70,38 @@ class Setting:
     """One line of a script's settings."""
     default: Any
     type: str  # int, float, str, bool or tuple
-    text: str  # the default and its comment, as they are written
-    bound: str  # '>= 1', '> 0', '0 to 1' or ''
+    text: str  # the default as it is written
+    comment: str
+    bound: str  # '>= 1', '> 0', '0 to 1' or None
 
 
 def read_settings(namespace):
     """{key: Setting} of the script or module with these globals."""
-    with open(namespace['__file__']) as f:
-        block = BLOCK.search(f.read())[1]
     settings = {}
-    for key, annotation, text, bound in SETTING.findall(block):
-        default = namespace[key]
-        settings[key] = Setting(default, annotation or type(default).__name__, text, bound)
+    for line in settings_block(namespace):
+        match = SETTING.fullmatch(line)
+        if match:
+            key, annotation, text, comment, bound = match.groups()
+            kind = annotation or type(namespace[key]).__name__
+            settings[key] = Setting(namespace[key], kind, text, comment or '', bound)
     return settings
+
+
+def settings_block(namespace):
+    """The lines between the two rules."""
+    with open(namespace['__file__']) as f:
+        return BLOCK.search(f.read())[1].splitlines()
+
+
+def print_help(namespace):
+    for line in settings_block(namespace):
+        match = SETTING.fullmatch(line)
+        if match:
+            key, _, text, comment, _ = match.groups()
+            option = f'--{key}={text}'
+            print(f'    {option:<36} {comment or ""}')
+        else:
+            print(f'\n  {line.strip()}')
 
 
 def parse(text, setting):
@@ -133,8 +151,7 @@ def checked(key, value, settings, source):
 def run_config_file(path):
     """{key: value} that a config file assigns; it may start from another one by importing it."""
     if not os.path.exists(path):
-        there = ', '.join(sorted(glob.glob('config/**/*.py', recursive=True)))
-        raise UserError(f'{path}: no such config file; there are {there}')
+        raise UserError(f'{path}: no such config file')
     try:
         values = runpy.run_path(path)
     except Exception as e:
@@ -157,8 +174,9 @@ def configure(namespace, shared=None, argv=None, strict=True):
         settings = own | read_settings(vars(shared))
     if '--help' in argv or '-h' in argv:
         print(namespace['__doc__'].strip(), '\n\nSettings:')
-        for key, setting in settings.items():
-            print(f'    --{key}={setting.text}')
+        print_help(namespace)
+        if shared:
+            print_help(vars(shared))
         sys.exit()
 
     values = {key: setting.default for key, setting in settings.items()}

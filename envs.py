@@ -20,6 +20,16 @@ and, for plan.py:
 
     distance(state, goal)   between two states; the goal is reached below 1
     random_goal(rng)        a state to reach from where the episode is
+
+A world may end an episode before its steps are over: then `over` is True. And it may say what is to
+be seen in its pictures, for objects.py:
+
+    COLOURS                 {name: (red, green, blue)} that its pixels are mixed of, at most four
+    OBJECTS                 {name: (area, spread)} of those that are objects: the share of the picture
+                            they cover, and the root mean square distance from their middle
+    SIDE, BORDER            of the picture, in the world's units; nothing is looked for in the border
+    NEAR                    a place as close to the true one as this is right
+    places()                {name: (x, y)} of the middles of the objects, in the world's units
 """
 import os
 
@@ -27,6 +37,7 @@ import numpy as np
 from PIL import Image
 
 from configurator import UserError
+from doom import Doom
 
 
 class Wall:
@@ -43,6 +54,9 @@ class Wall:
 
     RADIUS, HALF_WALL, HALF_DOOR, MAX_STEP = 0.1, 0.04, 0.16, 0.14
     NEAR = 0.07  # of the room counts as reached, like DINO-WM's 4.5 of 65
+    SIDE, BORDER = 1.0, 0.0
+    COLOURS = {'agent': (225, 60, 50), 'wall': (60, 70, 90), 'floor': (235, 235, 235)}
+    OBJECTS = {'agent': (np.pi * RADIUS ** 2, RADIUS / 2 ** 0.5)}
 
     def reset(self, seed):
         rng = np.random.default_rng(seed)
@@ -55,6 +69,9 @@ class Wall:
 
     def get_state(self):
         return np.array([*self.pos, self.door])
+
+    def places(self):
+        return {'agent': self.pos}
 
     def set_state(self, state):
         self.pos, self.door = np.array(state[:2], dtype=np.float64), float(state[2])
@@ -135,6 +152,12 @@ class PushT:
     image_size = 64
     action_dim = 2
     KEYS = {'ArrowLeft': [-0.2, 0], 'ArrowRight': [0.2, 0], 'ArrowUp': [0, -0.2], 'ArrowDown': [0, 0.2]}
+    SIDE, NEAR = 512.0, 20.0
+    BORDER = 8.0  # its grey is that of the edge of a block
+    # pusher and block are drawn in two shades each, a rim and a lighter inside: these lie between
+    COLOURS = {'pusher': (72, 116, 241), 'block': (143, 163, 184), 'goal': (144, 238, 144),
+               'table': (255, 255, 255)}
+    OBJECTS = {'pusher': (707 / 512 ** 2, 10.6 / 512), 'block': (7400 / 512 ** 2, 46 / 512)}
 
     def __init__(self):
         os.environ.setdefault('SDL_VIDEODRIVER', 'dummy')
@@ -161,6 +184,11 @@ class PushT:
         places = [0, 1, 4, 5]
         moved = np.linalg.norm(state[places] - goal[places])
         return max(moved / 20, angle_between(state[6], goal[6]) / np.radians(20))
+
+    def places(self):
+        """Of the block the middle of what one sees; the simulator's centre of gravity is 4 beside it."""
+        middle = self.env.block.local_to_world((0, 40.8))
+        return {'pusher': np.array(self.env.agent.position), 'block': np.array(middle)}
 
     def get_state(self):
         agent, block = self.env.agent, self.env.block
@@ -313,7 +341,7 @@ class TwoRoom(StableWorld):
         return np.array([x, rng.uniform(25, 199)])
 
 
-WORLDS = {'wall': Wall, 'pusht': PushT, 'two_room': TwoRoom}
+WORLDS = {'wall': Wall, 'pusht': PushT, 'two_room': TwoRoom, 'doom': Doom}
 
 
 def make_world(name):

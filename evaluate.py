@@ -31,8 +31,7 @@ from tqdm import tqdm
 import run
 from configurator import UserError, check_choice, check_choices, check_context, configure
 from data import to_model
-from machine import (RANK, WORLD_SIZE, autocast, join_processes, leave_processes, name_of,
-                     write_whole)
+from machine import RANK, WORLD_SIZE, autocast, join_processes, leave_processes, name_of, write_whole
 from metrics import DISTANCES, NETWORKS, frechet, interval, load_networks, psnr, ssim
 from pictures import contact_sheet, plot, to_pixels, write_picture
 from sample import dream

@@ -39,12 +39,8 @@ def write_whole(path, text):
 
 def pick_device(name=''):
     """The device of that name, or the best there is; under torchrun each process has its own GPU."""
-    best = 'cpu'
-    if torch.cuda.is_available():
-        best = 'cuda'
-    elif torch.backends.mps.is_available():
-        best = 'mps'
-    name = name or best
+    best = torch.accelerator.current_accelerator(check_available=True) or 'cpu'
+    name = name or str(best)
     try:
         if name == 'cuda':
             torch.cuda.set_device(LOCAL_RANK)
@@ -61,6 +57,14 @@ def pick_dtype(name, device):
     if name == 'fp16' and device == 'cpu':
         raise UserError('dtype=fp16 is for GPUs; on a CPU use --dtype=bf16, or fp32')
     return name
+
+
+def fast_dtype():
+    """bf16 where the hardware has instructions for it, else fp32."""
+    if torch.cuda.is_available():
+        return 'bf16'
+    capabilities = getattr(torch.cpu, 'get_capabilities', dict)()
+    return 'bf16' if capabilities.get('avx512_bf16') else 'fp32'
 
 
 def autocast(device, dtype):

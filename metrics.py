@@ -4,6 +4,7 @@ Frames are [...,C,H,W] in [0, 1]. Nothing is downloaded: a network whose weights
 out, and the command that fetches them is named.
 """
 import os
+import re
 from functools import partial
 
 import numpy as np
@@ -109,13 +110,10 @@ def lpips_network(net, device, frame_size):
     """LPIPS (Zhang et al. 2018) on net = vgg or alex: (a, b) of [B,F,3,H,W] -> [B,F]."""
     import lpips
     layers = torch.load(find_weights(net), map_location='cpu', weights_only=True)
-    # the package ships the few weights on top; the trunk is torchvision's, whose names it changes:
-    # features.3.weight there is slice1.3.weight here
+    # the package ships the few weights on top; the trunk is torchvision's, whose features.3.weight
+    # is slice1.3.weight here
     network = lpips.LPIPS(net=net, pnet_rand=True, verbose=False).to(device)
-    trunk = {}
-    for name in network.net.state_dict():
-        slice_name, layer = name.split('.', 1)
-        trunk[name] = layers[f'features.{layer}']
+    trunk = {name: layers[re.sub('slice.', 'features', name)] for name in network.net.state_dict()}
     network.net.load_state_dict(trunk)
 
     def distance(a, b):

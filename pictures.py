@@ -34,8 +34,8 @@ def strip(label, frames, num_dreamed, min_size):
     for i, frame in enumerate(frames):
         left = LABEL + i * (w + GAP)
         row.paste(Image.fromarray(frame).resize((w, h), Image.Resampling.NEAREST), (left, 0))
-        is_given = i < n - num_dreamed
-        draw.rectangle((left, h, left + w - 1, h + BAR - 1), fill=GREY if is_given else RED)
+        colour = GREY if i < n - num_dreamed else RED
+        draw.rectangle((left, h, left + w - 1, h + BAR - 1), fill=colour)
     return np.asarray(row)
 
 
@@ -45,7 +45,7 @@ def is_dream(label):
 
 
 def side_by_side(rows, num_context, min_size=96):
-    """Video uint8 [T,H',W',3]: a row for each {label: uint8 [B,T,h,w,3]}, a column for each clip."""
+    """Video uint8 [T,H',W',3] of {label: uint8 [B,T,h,w,3]}: a row each, a column for each clip."""
     num_frames = next(iter(rows.values())).shape[1]
     video = []
     for t in range(num_frames):
@@ -58,7 +58,7 @@ def side_by_side(rows, num_context, min_size=96):
 
 
 def contact_sheet(rows, num_context=0, min_size=64):
-    """Picture uint8 [H',W',3]: clip by clip, a strip of frames for each {label: uint8 [B,T,h,w,3]}."""
+    """Picture uint8 [H',W',3] of {label: uint8 [B,T,h,w,3]}: clip by clip, a strip of frames each."""
     num_clips, num_frames = next(iter(rows.values())).shape[:2]
     strips = []
     for i in range(num_clips):
@@ -75,14 +75,14 @@ def write_picture(path, picture):
 
 
 def write_video(path, video, fps):
-    """Write uint8 [T,H,W,3] as a looping GIF, or as MP4 if the name says so (needs imageio-ffmpeg)."""
+    """Write uint8 [T,H,W,3] as a looping GIF, or as MP4 if the name says so."""
     if not path.endswith('.mp4'):
         iio.imwrite(path, video, duration=1000 / fps, loop=0)
         return
     try:
         import imageio_ffmpeg  # noqa: F401
     except ImportError as e:
-        raise UserError('writing MP4 needs an encoder: pip install imageio-ffmpeg, or use GIF') from e
+        raise UserError('MP4 needs an encoder: pip install imageio-ffmpeg, or use GIF') from e
     height, width = video.shape[1:3]
     video = video[:, :height // 2 * 2, :width // 2 * 2]  # H.264 wants even sides
     iio.imwrite(path, video, fps=fps, codec='libx264', plugin='FFMPEG', macro_block_size=1)
@@ -103,11 +103,7 @@ def plot(path, panels, ticks, xlabel='', log_ticks=False):
     figure = Figure(figsize=(8, 3.8 * len(panels)), layout='constrained')
     axes = figure.subplots(len(panels), squeeze=False)[:, 0]
     for ax, (title, curves) in zip(axes, panels.items(), strict=True):
-        if isinstance(ticks[0], str):
-            draw_points(ax, curves)
-            ax.set_xticks(range(len(ticks)), ticks)
-        else:
-            draw_lines(ax, curves, ticks)
+        draw(ax, curves, ticks)
         if log_ticks:
             ax.set_xscale('log')
             ax.set_xticks(ticks, ticks)
@@ -119,28 +115,21 @@ def plot(path, panels, ticks, xlabel='', log_ticks=False):
     figure.savefig(path, dpi=120)
 
 
-def mean_and_error(values):
-    """Values [n] or [n,2] -> the means [n] and their +- [n], None where they have none."""
-    values = np.asarray(values, dtype=float).reshape(len(values), -1)
-    mean, error = values[:, 0], values[:, 1:].ravel()
-    return mean, error if error.any() else None
-
-
-def draw_points(ax, curves):
-    for i, (label, values) in enumerate(curves.items()):
-        mean, error = mean_and_error(values)
-        shift = 0.1 * (i - (len(curves) - 1) / 2)  # or error bars would lie on top of each other
-        ax.errorbar(np.arange(len(mean)) + shift, mean, error, fmt='o', capsize=3, label=label)
-
-
-def draw_lines(ax, curves, x):
+def draw(ax, curves, ticks):
     colours, dashes = {}, {}  # of each name seen so far
-    marker = 'o' if len(x) <= 40 else ''
-    for label, values in curves.items():
+    if isinstance(ticks[0], str):
+        ax.set_xticks(range(len(ticks)), ticks)
+    else:
+        ax.xaxis.get_major_locator().set_params(integer=True)
+    for i, (label, values) in enumerate(curves.items()):
         names = label if isinstance(label, tuple) else (label,)
         colour = colours.setdefault(names[0], f'C{len(colours)}')
         dash = dashes.setdefault(names[1:], DASHES[len(dashes) % len(DASHES)])
-        mean, error = mean_and_error(values)
-        ax.errorbar(x, mean, error, color=colour, linestyle=dash, marker=marker, markersize=4,
-                    capsize=3, label=', '.join(names))
-    ax.xaxis.get_major_locator().set_params(integer=True)
+        x = ticks
+        if isinstance(ticks[0], str):  # points, side by side so that no error bar hides another
+            x = np.arange(len(ticks)) + 0.1 * (i - (len(curves) - 1) / 2)
+            dash = 'none'
+        values = np.reshape(values, (len(values), -1))
+        mean, error = values[:, 0], values[:, 1:].sum(axis=1)  # without an error its bar is 0 high
+        ax.errorbar(x, mean, error, color=colour, linestyle=dash, marker='o', markersize=4,
+                    label=', '.join(names))

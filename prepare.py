@@ -27,8 +27,7 @@ import envs
 import readers
 from configurator import UserError, configure
 from data import to_model
-from machine import (RANK, WORLD_SIZE, barrier, join_processes, leave_processes, pick_device,
-                     under_results)
+from machine import RANK, WORLD_SIZE, barrier, join_processes, leave_processes, pick_device, under_results
 from vae import load_vae
 
 # settings ---------------------------------------------------------------------
@@ -62,15 +61,15 @@ def plan(episodes, folder, settings):
     Raises UserError.
     """
     rng = np.random.default_rng(settings['seed'])
-    held_out = rng.permutation(len(episodes))[:max(1, round(settings['val_share'] * len(episodes)))]
-    splits = ['train'] * len(episodes)
-    for i in held_out:
-        splits[i] = 'val'
+    num_val = max(1, round(settings['val_share'] * len(episodes)))
+    held_out = set(rng.permutation(len(episodes))[:num_val].tolist())
     train, val = {}, {}
     for i, episode in enumerate(episodes):
-        split = episode.split or splits[i]
-        part = val if split == 'val' else train
-        part[f'{folder}/{i:06d}'] = episode._replace(split=split)
+        path = f'{folder}/{i:06d}'
+        if episode.split == 'val' or (not episode.split and i in held_out):
+            val[path] = episode._replace(split='val')
+        else:
+            train[path] = episode._replace(split='train')
     if not train or not val:
         raise UserError(f'{len(episodes)} episodes: expected at least one for training '
                         'and one for validation')
@@ -90,20 +89,6 @@ def write_part(path, pixels, actions, vae, keep_pixels):
     with open(f'{path}.tmp', 'wb') as f:
         np.savez(f, **arrays)
     os.replace(f'{path}.tmp', f'{path}.npz')
-
-
-def claim(out):
-    """Make the folder for the parts: this preparation's alone, while the returned file is open."""
-    if os.path.exists(out):
-        raise UserError(f'{out} is there already; delete it to make it again, '
-                        'or choose another --out')
-    os.makedirs(f'{out}.partial', exist_ok=True)
-    lock = open(f'{out}.partial/lock', 'w')
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with the process, however it ends
-    except BlockingIOError as e:
-        raise UserError(f'{out} is being prepared by another process') from e
-    return lock
 
 
 def begin(path, settings):
@@ -129,9 +114,17 @@ def prepare(out, settings, vae=None, workers=0):
     """
     episodes = readers.list_episodes(settings)
     parts = plan(episodes, f'{out}.partial', settings)
+    if os.path.exists(out):
+        raise UserError(f'{out} is there already; delete it to make it again, '
+                        'or choose another --out')
     join_processes(timeout=timedelta(days=30))
     if RANK == 0:
-        lock = claim(out)
+        os.makedirs(f'{out}.partial', exist_ok=True)
+        lock = open(f'{out}.partial/lock', 'w')  # closed by the end of this process, of any kind
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as e:
+            raise UserError(f'{out} is being prepared by another process') from e
         weights = vae and vae.quant_conv.weight.sum().item()  # tells one autoencoder from another
         files = [episode.name for episode in episodes]
         begin(f'{out}.partial/begun.json', settings | dict(vae=weights, files=files))
@@ -168,7 +161,8 @@ def assemble(out, parts, settings):
     """Join the parts in a folder beside them, which gets its name when it is whole."""
     whole = f'{out}.partial/whole'
     shutil.rmtree(whole, ignore_errors=True)  # what a killed run joined
-    shapes = {path: load(path, 'actions').shape for path in parts if os.path.exists(f'{path}.npz')}
+    done = [path for path in parts if os.path.exists(f'{path}.npz')]
+    shapes = {path: np.load(f'{path}.npz')['actions'].shape for path in done}
     width = statistics.mode([shape[1] for shape in shapes.values()] or [0])  # the usual one
     good, broken = {'train': [], 'val': []}, {}
     for path, episode in parts.items():
@@ -187,9 +181,7 @@ def assemble(out, parts, settings):
         os.makedirs(f'{whole}/{split}')
         rows = np.cumsum([0, *(shapes[path][0] for path in paths)])
         np.save(f'{whole}/{split}/episodes.npy', rows)
-        with np.load(f'{paths[0]}.npz') as part:
-            arrays = part.files
-        for array in arrays:
+        for array in np.load(f'{paths[0]}.npz').files:
             join(f'{whole}/{split}/{array}.npy', paths, array, int(rows[-1]))
     actions = np.load(f'{whole}/train/actions.npy', mmap_mode='r')
     meta = settings | dict(
@@ -208,19 +200,14 @@ def assemble(out, parts, settings):
           f'{len(broken)} broken ones skipped')
 
 
-def load(path, array):
-    with np.load(f'{path}.npz') as part:
-        return part[array]
-
-
 def join(target, parts, array, rows):
     """Write an array of all parts, one after the other, as one .npy file of so many rows."""
-    first = load(parts[0], array)
+    first = np.load(f'{parts[0]}.npz')[array]
     header = dict(descr=first.dtype.str, fortran_order=False, shape=(rows, *first.shape[1:]))
     with open(target, 'wb') as f:  # on a full disk, a mapped file would kill the process
         np.lib.format.write_array_header_1_0(f, header)
         for path in parts:
-            f.write(load(path, array))
+            f.write(np.load(f'{path}.npz')[array])
 
 
 # -----------------------------------------------------------------------------
@@ -241,12 +228,12 @@ def complete(settings):
     """The settings that decide what is written, with nothing left empty. Raises UserError."""
     where = ('out', 'workers', 'vae', 'device')
     settings = {key: value for key, value in settings.items() if key not in where}
-    what, size = settings['what'], settings['image_size'] or '256'
+    what, size = settings['what'], settings['image_size']
     if what in envs.WORLDS:
         world = envs.WORLDS[what]
         settings['latents'] = False
         settings['episodes'] = settings['episodes'] or world.episodes
-        size = settings['image_size'] or str(world.image_size)
+        size = size or str(world.image_size)
     elif what in readers.DATASETS:
         variable = readers.DATASETS[what].variable
         settings['root'] = settings['root'] or os.environ.get(variable, '')
@@ -257,7 +244,7 @@ def complete(settings):
         known = ', '.join([*envs.WORLDS, *readers.DATASETS])
         raise UserError(f'{what!r}: unknown dataset; expected one of {known}')
     settings['name'] = settings['name'] or what
-    settings['image_size'] = parse_size(size)
+    settings['image_size'] = parse_size(size or '256')
     if settings['latents'] and any(side % 8 for side in settings['image_size']):
         raise UserError(f'image_size={size}: expected multiples of 8 for latents; '
                         '--latents=False keeps pixels')

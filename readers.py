@@ -23,7 +23,6 @@ import torch.nn.functional as F
 
 import envs
 from configurator import UserError
-from machine import RANK
 from pickles import load_array
 from recordings import Episode, clips, extra, natural, read_video
 
@@ -85,11 +84,8 @@ def resize(frame, size):
 
 
 def start_worker(_):
-    """What a worker of a DataLoader does first: leave Ctrl-C to its parent, and end with it.
-
-    A worker whose parent was killed would wait forever for its result to be taken.
-    """
-    def end_with_parent():
+    """What a worker of a DataLoader does first: leave Ctrl-C to its parent, and end with it."""
+    def end_with_parent():  # else it waits forever for a parent that was killed
         multiprocessing.parent_process().join()
         os._exit(1)
 
@@ -101,10 +97,7 @@ def find(root, pattern):
     """The files under root that match the pattern, in order. Raises UserError if there are none."""
     found = glob.glob(os.path.join(glob.escape(root), pattern), recursive=True)
     if not found:
-        there = 'no such folder'
-        if os.path.isdir(root):
-            there = ', '.join(sorted(os.listdir(root))[:8]) or 'nothing'
-        raise UserError(f'{root}: looked there for {pattern} and found {there}')
+        raise UserError(f'{root}: found no {pattern} there')
     return sorted(found, key=natural)
 
 
@@ -236,8 +229,6 @@ def csgo(root, settings):
         if name in split or not split:
             read = partial(read_csgo, path)
             episodes.append(Episode(path, read, split.get(name, ''), start.get(name, -1)))
-    if len(episodes) < len(split) and RANK == 0:
-        print(f'{root}: {len(split) - len(episodes)} of the {len(split)} listed files are not there')
     return episodes
 
 
@@ -294,18 +285,14 @@ def dino_pusht(root, settings):
 
 def dino_episodes(folder, actions_file, frames_file):
     actions = load_array(find(folder, actions_file)[0])
-    count, steps, _ = actions.shape
-    lengths = np.full(count, steps)
+    lengths = np.full(len(actions), actions.shape[1])
     found = glob.glob(f'{glob.escape(folder)}/seq_lengths.p*')  # none where all are equally long
     if found:
         lengths = load_array(found[0]).ravel().astype(int)
-    if len(lengths) != count or lengths.min() < 1 or lengths.max() > steps:
-        raise UserError(f'{folder}: expected a length of 1 to {steps} for each of its {count} '
-                        'episodes in seq_lengths')
     episodes = []
-    for i, length in enumerate(lengths):
+    for i, (length, padded) in enumerate(zip(lengths, actions, strict=True)):
         path = os.path.join(folder, frames_file.format(i))
-        episodes.append(Episode(path, partial(read_dino_wm, path, actions[i, :length])))
+        episodes.append(Episode(path, partial(read_dino_wm, path, padded[:length])))
     return episodes
 
 

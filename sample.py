@@ -11,7 +11,7 @@ import torch
 from tqdm import tqdm
 
 import run
-from configurator import UserError, configure
+from configurator import UserError, check_choice, check_context, configure
 from data import to_model
 from machine import autocast
 from pictures import side_by_side, to_pixels, write_video
@@ -63,8 +63,7 @@ if __name__ == '__main__':
     seed = 0  # [>= 0]
     # --------------------------------------------------------------------------
     settings = configure(globals(), shared=run)
-    if format not in ('gif', 'mp4'):
-        raise UserError(f'format={format!r}: expected gif or mp4')
+    check_choice('format', format, ('gif', 'mp4'))
     opened = run.open_run(settings)
     model, config, num_context = opened.model, opened.config, opened.context_frames
     out = out or os.path.join(run.output_folder(opened.ckpt), f'rollout.{format}')
@@ -75,8 +74,7 @@ if __name__ == '__main__':
     if actions:
         own = read_actions(actions, model.config.action_dim, config['frame_interval'])
         num_frames = len(own)
-    if num_context >= num_frames:
-        raise UserError(f'context_frames={num_context}: expected fewer than num_frames={num_frames}')
+    check_context(num_context, num_frames)
     clips = opened.held_out(num_context if actions else num_frames)
     numbers = clips.fixed(num_clips, seed=seed)
     frames, action = clips.batch(numbers)

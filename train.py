@@ -30,7 +30,7 @@ from checkpoint import (
     save_checkpoint,
     training_state,
 )
-from configurator import UserError, configure
+from configurator import UserError, check_context, configure
 from data import Clips, random_dataset, to_model
 from diffusion import Diffusion
 from evaluate import evaluate, summarise
@@ -108,8 +108,7 @@ wandb = False  # log to Weights & Biases too
 wandb_project = 'nanowm'
 # ------------------------------------------------------------------------------
 config = configure(globals())
-if context_frames >= num_frames:
-    raise UserError(f'context_frames={context_frames}: expected less than num_frames={num_frames}')
+check_context(context_frames, num_frames)
 
 # setup: the machine
 master = RANK == 0

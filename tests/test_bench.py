@@ -11,7 +11,7 @@ from bench import forward_flops
 from model import INJECTIONS, NanoWM, NanoWMConfig
 
 TINY = ['--device=cpu', '--repeats=1', '--hidden_size=32', '--patch_size=4', '--depth=2', '--num_heads=2',
-        '--cem_rollouts=2', '--cem_frames=2', '--sample_steps=2']
+        '--dtype=fp32', '--cem_rollouts=2', '--sample_steps=2']
 
 
 @pytest.mark.slow

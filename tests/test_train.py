@@ -111,7 +111,7 @@ def test_all_that_can_be_switched_trains(wall, tmp_path):
 
 
 @pytest.mark.parametrize('option, line', [
-    ('--context_frames=4', 'context_frames=4: expected less than num_frames=4'),
+    ('--context_frames=4', 'context_frames=4: expected fewer than num_frames=4'),
     ('--batch_size=0', 'command line: batch_size=0: expected >= 1'),
     ('--snr_gamma=-1', 'snr_gamma=-1.0: expected >= 0'),
     ('--gradient_clip_norm=-0.1', 'gradient_clip_norm=-0.1: expected >= 0'),
@@ -155,7 +155,7 @@ def test_a_script_prints_a_mistake_as_one_line():
 
 @pytest.mark.parametrize('option, line', [
     ('--history=9', 'history=9: expected 1 to 3'),
-    ('--format=avi', 'expected gif or mp4'),
+    ('--format=avi', "format='avi': expected one of gif, mp4"),
     ('--actions=sample.py', 'not a readable .npy file'),
     ('--num_frames=1', 'num_frames=1: expected >= 2'),
     ('--context_frames=20', 'context_frames=20: expected fewer than num_frames=16'),

@@ -7,3 +7,4 @@ frame_interval = 1
 context_frames = 4
 normalize_action = False
 num_steps = 50
+schedule = 'full_sequence'  # as the reference measures it

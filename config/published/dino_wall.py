@@ -1,4 +1,5 @@
-# The reference's checkpoint of DINO-WM Wall, 15k steps: what its file does not say. For sample.py and evaluate.py.
+# The reference's checkpoint of DINO-WM Wall, 15k steps: what its file does not say. For evaluate.py,
+# and for sample.py with --num_frames=10, as the episodes are short.
 ckpt = 'knightnemo/nanowm-b2-dino-wm-wall-15k'
 dataset = 'data/dino_wall'
 pred_name = 'v'
