@@ -1,6 +1,7 @@
 """Prepare a dataset once, as the memory-mapped arrays that data.py reads.
 
     python data.py wall                           # collect episodes of the wall world in data/wall
+    python data.py gym --env=CarRacing-v3 --name=carracing     # or of any Gymnasium environment
     python data.py rt1 --root=path/to/fractal     # or convert a published dataset to latents
     python data.py clips --root=path --name=mine --latents=False --image_size=64     # or your own
 
@@ -11,6 +12,7 @@ processes, to the same bytes. In the end the parts are joined: the disk must hol
 import fcntl
 import json
 import os
+import re
 import shutil
 import statistics
 import sys
@@ -24,6 +26,7 @@ from tqdm import tqdm
 
 import controls
 import envs
+import gym_worlds
 import readers
 from configurator import UserError, configure
 from data import to_model
@@ -37,9 +40,17 @@ image_size = ''  # 64, or height,width as in 320,512; '' is the world's own, or 
 episodes = 0  # at most so many; 0 is as many as the world says, or all there are [>= 0]
 seed = 0  # [>= 0]
 workers = os.cpu_count() // int(os.environ.get('LOCAL_WORLD_SIZE', 1))  # that read; 0: none [>= 0]
+# of gym, see gym_worlds.py
+env = ''  # id of a registered Gymnasium environment
+import_ = ''  # --import=ale_py: a module or file that registers more
+repeat = 1  # steps of the environment for each action [>= 1]
+policy = ''  # my_file.py:function, of (observation, rng); '' acts at random
+hold = 4.0  # steps that a random action is held for, on average [>= 1]
+steps = 200  # frames of the longest episode [>= 2]
+shortest = 16  # episodes of fewer frames are dropped [>= 2]
 # of datasets
 root = ''  # the files; '' is where the environment variable says
-name = ''  # of the new dataset; '' is what it is
+name = ''  # of the new dataset, also of gym's; '' is what it is
 latents = True  # encode the frames; False keeps pixels
 vae = ''  # folder or file; '' is $VAE_MODEL_PATH or pretrained/sd-vae-ft-mse
 device = ''  # that encodes: cpu, cuda, mps; '' is the best there is
@@ -189,7 +200,8 @@ def assemble(out, parts, settings):
         action_std=actions.std(axis=0, dtype=np.float64).tolist(),
         # of each number: least, 1st and 99th percentile, greatest
         action_range=[np.percentile(numbers, (0, 1, 99, 100)).tolist() for numbers in actions.T],
-        controls=controls.KNOWN.get(settings['what']),  # what a player holds; None: nobody knows
+        # what a player holds; None: nobody knows
+        controls=settings.get('controls') or controls.KNOWN.get(settings['what']),
         broken=broken,
         fixed_starts=any(episode.start >= 0 for episode in parts.values()))
     with open(f'{whole}/meta.json', 'w') as f:
@@ -234,6 +246,11 @@ def complete(settings):
         settings['latents'] = False
         settings['episodes'] = settings['episodes'] or world.episodes
         size = size or str(world.image_size)
+    elif what == 'gym':
+        settings['latents'] = False
+        settings['episodes'] = settings['episodes'] or gym_worlds.EPISODES
+        settings |= gym_worlds.describe(settings)
+        size = size or '64'
     elif what in readers.DATASETS:
         variable = readers.DATASETS[what].variable
         settings['root'] = settings['root'] or os.environ.get(variable, '')
@@ -241,7 +258,7 @@ def complete(settings):
             instead = f', or set {variable}' if variable else ''
             raise UserError(f'where are the files of {what}? Say --root=<folder>{instead}')
     else:
-        known = ', '.join([*envs.WORLDS, *readers.DATASETS])
+        known = ', '.join([*envs.WORLDS, 'gym', *readers.DATASETS])
         raise UserError(f'{what!r}: unknown dataset; expected one of {known}')
     settings['name'] = settings['name'] or what
     settings['image_size'] = parse_size(size or '256')
@@ -258,6 +275,9 @@ if __name__ == '__main__':
     __doc__ += '\nWorlds and datasets:\n\n'
     for known, row in (envs.WORLDS | readers.DATASETS).items():
         __doc__ += f'    {known:18}{row.about}\n'
+    __doc__ += f'    {"gym":18}any Gymnasium environment, --env=\n'
+    # `import` cannot be the name of a setting in Python
+    arguments = [re.sub('^--import=', '--import_=', argument) for argument in arguments]
     settings = complete(configure(globals(), argv=arguments))
     out = under_results(out or f'data/{settings["name"]}')
     encoder = None

@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 
 import envs
+import gym_worlds
 from configurator import UserError
 from pickles import load_array
 from recordings import Episode, clips, extra, natural, read_video
@@ -32,6 +33,8 @@ def list_episodes(settings):
     what, count = settings['what'], settings['episodes']
     if what in envs.WORLDS:
         return world(settings)
+    if what == 'gym':
+        return gym_worlds.list_episodes(settings)
     root = os.path.abspath(os.path.expanduser(settings['root']))
     try:
         episodes = DATASETS[what].reader(root, settings)
@@ -130,6 +133,8 @@ def play(name, size, seed):
         frames.append(env.render(size).transpose(1, 2, 0))
         actions.append(env.explore(rng))
         env.step(actions[-1])
+        if getattr(env, 'over', False):  # Doom's player is dead
+            break
     return frames, actions
 
 

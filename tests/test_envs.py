@@ -5,7 +5,9 @@ import pytest
 from configurator import UserError
 from doom import Doom
 from envs import WORLDS, Wall, make_world
-SIMULATORS = {'pusht': 'gym_pusht', 'two_room': 'stable_worldmodel', 'doom': 'vizdoom'}  # packages that may be absent
+
+# packages that may be absent
+SIMULATORS = {'pusht': 'gym_pusht', 'two_room': 'stable_worldmodel', 'doom': 'vizdoom'}
 
 
 @pytest.fixture(params=WORLDS)

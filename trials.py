@@ -1,0 +1,162 @@
+"""A planner on trial: from a start to a goal in a true simulator, and how often it gets there.
+
+The world says when a goal is reached, and is asked after every step. Episodes that are solved before
+they begin do not count, and a planner's share means something only beside that of standing still, of
+random actions, and of the same planner in the true simulator.
+"""
+import math
+import operator
+import statistics
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from evaluate import markdown
+from pictures import side_by_side, to_pixels
+
+
+@dataclass
+class Episode:
+    """Get from a start to a goal, both of them states of the world, within a budget of steps."""
+    seed: int
+    start: np.ndarray
+    goal: np.ndarray
+    picture: np.ndarray  # of the goal, uint8 [3,H,W]
+    distance: float  # at the start; below 1 is reached
+    budget: int
+
+
+def draw_episode(world, seed, size, goals='recorded', goal_steps=15, budget=0):
+    """An Episode that begins somewhere along the explorer's way.
+
+    goals: 'recorded' is where the explorer gets in goal_steps, 'random' is world.random_goal.
+    budget: 0 is twice goal_steps. size: of the goal's picture.
+    """
+    rng = np.random.default_rng([seed, 1])  # as readers.py explores
+    world.reset(seed)
+    for _ in range(rng.integers(max(1, world.steps - goal_steps))):
+        world.step(world.explore(rng))
+    start = world.get_state()
+    if goals == 'random':
+        world.set_state(world.random_goal(rng))
+    else:
+        for _ in range(goal_steps):
+            world.step(world.explore(rng))
+    goal = world.get_state()
+    distance = float(world.distance(start, goal))
+    return Episode(seed, start, goal, world.render(size), distance, budget or 2 * goal_steps)
+
+
+def draw_episodes(world, count, seed, size, **options):
+    """Episodes whose seeds no dataset has, and that are not solved before they begin."""
+    episodes, number = [], 1_000_000_000 + seed * 1_000_000
+    while len(episodes) < count:
+        episode = draw_episode(world, number, size, **options)
+        if episode.distance >= 1:
+            episodes.append(episode)
+        number += 1
+    return episodes
+
+
+@torch.no_grad()
+def act(choose, agent, world, episode, film=None):
+    """Plan, act and look, until the goal is reached or the budget spent.
+
+    choose(world, episode, generator, mean): a plan [horizon,interval*A], standardised as the agent
+    has it, and the function that dreams; mean is what is left of the last plan.
+    film: a list that gets pairs (frame as it was dreamed, frame as it came), both uint8 [H,W,3].
+    Returns the steps it took, or None.
+    """
+    world.reset(episode.seed)
+    world.set_state(episode.start)
+    torch.manual_seed(episode.seed)  # what eta draws on the way
+    generator = torch.Generator().manual_seed(episode.seed)
+    execute, mean, steps = agent.planner.execute, None, 0
+    while True:
+        plan, imagine = choose(world, episode, generator, mean)
+        raw = agent.raw(plan)
+        if film is not None:
+            dreamed = to_pixels(imagine(raw[None])[0], agent.vae)
+        for i in range(execute):
+            for action in raw[i].numpy():
+                world.step(action)
+                steps += 1
+                reached = world.distance(world.get_state(), episode.goal) < 1
+                if reached or steps == episode.budget:
+                    break
+            if film is not None:
+                film.append((dreamed[i], picture_of(world, agent)))
+            if reached or steps == episode.budget:
+                return steps if reached else None
+        mean = torch.cat([plan[execute:], torch.zeros_like(plan[:execute])])
+
+
+def picture_of(world, agent):
+    return world.render(agent.size[0]).transpose(1, 2, 0)
+
+
+def films(choose, agent, world, episodes):
+    """Video uint8 [T,H,W,3]: what the plans dreamed, above what then happened, above the goal."""
+    taken = []
+    for episode in episodes:
+        film = []
+        act(choose, agent, world, episode, film)
+        world.set_state(episode.start)
+        start = picture_of(world, agent)
+        taken.append([(start, start), *film])
+    length = max(len(film) for film in taken)
+    rows = {'dream': [], 'world': [], 'goal': []}
+    for film, episode in zip(taken, episodes, strict=True):
+        film += [film[-1]] * (length - len(film))
+        dreamed, happened = zip(*film, strict=True)
+        rows['dream'].append(dreamed)
+        rows['world'].append(happened)
+        rows['goal'].append([episode.picture.transpose(1, 2, 0)] * length)
+    return side_by_side({label: np.array(clips) for label, clips in rows.items()}, num_context=1)
+
+
+# -----------------------------------------------------------------------------
+# results
+
+def wilson(successes, count, z=1.96):
+    """The 95 % interval of a share (Wilson 1927); near 0 and 1 it does not leave [0, 1]."""
+    share = successes / count
+    centre = share + z ** 2 / (2 * count)
+    spread = z * math.sqrt(share * (1 - share) / count + z ** 2 / (4 * count ** 2))
+    scale = 1 + z ** 2 / count
+    return (centre - spread) / scale, (centre + spread) / scale
+
+
+def summarise(rows):
+    """One line of the table, of episodes {'reached': steps or None, 'seconds', 'distance'}."""
+    steps = [row['reached'] for row in rows if row['reached']]
+    return {
+        'episodes': len(rows),
+        'reached': len(steps),
+        'rate': len(steps) / len(rows),
+        'interval': wilson(len(steps), len(rows)),
+        'median_steps': statistics.median(steps) if steps else None,
+        'seconds': statistics.mean(row['seconds'] for row in rows),
+    }
+
+
+def table(summaries):
+    """Markdown of {label: summarise(...)}."""
+    rows = {'': ['reached, % [95 % interval]', 'episodes', 'steps, median', 's an episode']}
+    for label, summary in summaries.items():
+        low, high = summary['interval']
+        reached = f'{100 * summary["rate"]:.0f} [{100 * low:.0f}, {100 * high:.0f}]'
+        steps = summary['median_steps'] or ''
+        rows[label] = [reached, summary['episodes'], steps, f'{summary["seconds"]:.1f}']
+    return markdown(rows)
+
+
+def by_distance(rows):
+    """{label: summarise(...)} of a third of the episodes each: near, farther, far."""
+    rows = sorted(rows, key=operator.itemgetter('distance'))
+    thirds = {}
+    for part in np.array_split(rows, min(3, len(rows))):
+        nearest, farthest = part[0]['distance'], part[-1]['distance']
+        thirds[f'{nearest:.1f} to {farthest:.1f} away'] = summarise(part)
+    return thirds
