@@ -9,6 +9,7 @@ Controls are a dict that the page of play.py reads:
     mouse     {'x': [first, bins], 'y': ...} how movement becomes one-hot numbers: from number
               `first` on, a 1 at the bin nearest to the pixels moved since the last frame; optional
     sliders   [lowest, highest], each [A], for a dataset that does not know its keys; optional
+    names     [A] what the sliders' numbers mean, if that is known
 
 A world names its keys in its class (envs.py). Other datasets name their controls in meta.json, into
 which prepare.py writes those that are KNOWN.
@@ -34,7 +35,8 @@ def controls_of(meta, low, high):
             change = np.zeros_like(rest)
             change[number] = limit[number] - rest[number]
             keys[key] = change.tolist()
-    return dict(rest=rest.tolist(), keys=keys, sliders=[low.tolist(), high.tolist()])
+    return dict(rest=rest.tolist(), keys=keys, sliders=[low.tolist(), high.tolist()],
+                names=meta.get('action_names'))
 
 
 def csgo():

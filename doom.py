@@ -1,8 +1,8 @@
 """Doom's `take_cover` (ViZDoom, Wydmuch et al. 2019): imps throw fireballs, the player steps aside.
 
-The world of World Models (Ha & Schmidhuber 2018, arXiv 1803.10122). A dream of it can be right about
-the bricks and how they move when the player does; fireballs come when they will, so there samples
-are right and means are not.
+The world of World Models (Ha & Schmidhuber 2018, arXiv 1803.10122). A dream of it can be right
+about the bricks and how they move when the player does; fireballs come when they will, so there
+samples are right and means are not.
 """
 import os
 

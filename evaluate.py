@@ -11,6 +11,8 @@ best. Only predicted frames count, against the original pixels.
 PSNR and SSIM are always there; LPIPS, FID (pip install -e '.[eval]') and FVD are if their weights
 are (metrics.py). What is absent is named, with the command that fetches it.
 
+Of a world with a simulator, objects.py says besides whether things are where they should be.
+
 Leaves beside the checkpoint: metrics.json, metrics.md (a table to paste), metrics.png (quality over
 the horizon) and clips.png (the best, the median and the worst clip). For a checkpoint that is not
 its folder's latest they carry its name: metrics-step_0010000.json.
@@ -28,6 +30,8 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
+import envs
+import objects
 import run
 from configurator import UserError, check_choice, check_choices, check_context, configure
 from data import to_model
@@ -52,6 +56,7 @@ class Options:
     """How to evaluate, besides what."""
     vae: torch.nn.Module = None  # decodes latents
     networks: dict = field(default_factory=dict)  # of metrics.load_networks
+    world: type = None  # whose OBJECTS are looked for
     sampler: dict = field(default_factory=dict)  # options of Diffusion.sample
     dtype: str = 'fp32'
     batch_size: int = 64
@@ -63,7 +68,8 @@ def evaluate(model, diffusion, clips, numbers, num_context, num_steps, **options
 
     options: the fields of Options. Returns {name: [num_clips, predicted]} for psnr, ssim and lpips
     (if it is among the networks) of the dream, and under copy_, wrong_ and, with a VAE, vae_ of the
-    baselines. fid and fvd are features [num_clips, n, d], also under truth_.
+    baselines. fid and fvd are features [num_clips, n, d], also under truth_. With a world there are
+    the scores of objects.compare too.
     """
     options = Options(**options)
     if len(numbers) < 2:
@@ -110,6 +116,11 @@ def evaluate(model, diffusion, clips, numbers, num_context, num_steps, **options
             for who, prediction in predictions.items():
                 images = [prediction] if name in DISTANCES else [prediction, truth]
                 scores[who + name].append(metric(*images).cpu())
+        if options.world:
+            for who in ('', 'copy_', 'wrong_'):
+                pair = predictions[who].float().cpu().numpy(), truth.cpu().numpy()
+                for name, values in objects.compare(options.world, *pair).items():
+                    scores[who + name].append(torch.from_numpy(values))
     bar.close()
     scores = {name: torch.cat(parts) for name, parts in scores.items()}
     shares = [scores] * WORLD_SIZE
@@ -196,6 +207,15 @@ def best_median_worst(opened, clips, numbers, quality):
     return contact_sheet(rows, opened.context_frames)
 
 
+def table_of_objects(world, results):
+    """Markdown: of each object whether it is there, and where it should be."""
+    rows = {'': objects.columns(world)}
+    for thing in world.OBJECTS:
+        for label, prefix in {'dream': '', 'copy': 'copy_', 'wrong actions': 'wrong_'}.items():
+            rows[f'{thing}, {label}'] = objects.cells(results[prefix + thing])
+    return markdown(rows)
+
+
 def plot_horizon(path, results, first):
     curves = {}
     for label, prefix in {'dream': '', **BASELINES}.items():
@@ -203,7 +223,13 @@ def plot_horizon(path, results, first):
             mean = results['means'][f'{prefix}psnr']
             curves[f'{label}, {mean:.2f} dB'] = results['per_frame'][f'{prefix}psnr']
     frames = range(first, first + len(results['per_frame']['psnr']))
-    plot(path, {'PSNR over the horizon, dB': curves}, frames, 'frame of the clip')
+    panels = {'PSNR over the horizon, dB': curves}
+    for thing, numbers in results.get('objects', {}).items():
+        per_frame = numbers['per_frame']
+        if not thing.startswith(('copy_', 'wrong_')):
+            near = dict(found=per_frame['found'], near=per_frame['near'], IoU=per_frame['iou'])
+            panels[f'{thing}: found and near, shares of the clips, and the median IoU'] = near
+    plot(path, panels, frames, 'frame of the clip')
 
 
 def suffix_for(ckpt):
@@ -238,14 +264,18 @@ if __name__ == '__main__':
     frame_size = clips.pixels(numbers[:1]).shape[-2:]
     networks, absent = load_networks(wanted, opened.device, frame_size, num_frames - num_context,
                                      lpips_net)
+    world = envs.WORLDS.get(clips.meta.get('what'))
+    if not hasattr(world, 'OBJECTS'):
+        world = None
     torch.manual_seed(seed)  # what eta draws on the way
     scores = evaluate(opened.model, opened.diffusion, clips, numbers, num_context, opened.num_steps,
                       vae=opened.vae, networks=networks, sampler=opened.sampler, dtype=opened.dtype,
-                      batch_size=batch_size)
+                      batch_size=batch_size, world=world)
     leave_processes()
     if RANK > 0:
         sys.exit()
 
+    about_objects = {name: scores.pop(name).numpy() for name in list(scores) if '.' in name}
     results = summarise(scores)
     if not math.isfinite(results['means']['psnr']):
         raise UserError(f'{opened.ckpt} dreams what is not a number: its weights are broken')
@@ -259,9 +289,13 @@ if __name__ == '__main__':
     path = os.path.join(out_dir, f'metrics{suffix}')
     sheet = best_median_worst(opened, clips, numbers, results['per_clip']['psnr'])
     write_picture(os.path.join(out_dir, f'clips{suffix}.png'), sheet)
+    if world:
+        results['objects'] = objects.summarise(about_objects)
     plot_horizon(f'{path}.png', results, num_context)
     name = os.path.basename(os.path.normpath(opened.ckpt))
     text = table(name, results['means'], results['intervals'])
+    if world:
+        text += f'\n\n{table_of_objects(world, results["objects"])}'
     write_whole(f'{path}.md', text + '\n')
     results['seconds'] = time.perf_counter() - start
     write_whole(f'{path}.json', json.dumps(results))  # last: where it is, all is done

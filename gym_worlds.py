@@ -5,8 +5,8 @@
     python data.py gym --env=CarRacing-v3 --name=carracing --repeat=4 --policy=my_file.py:drive
 
 The picture is the observation where that is one, as in CarRacing and Atari, and else what the
-environment renders as rgb_array. An action is flattened to numbers: a Box is itself, a choice among n
-is one-hot. An episode depends on its seed alone: its environment and its policy draw from that.
+environment renders as rgb_array. An action is flattened to numbers: a Box is itself, a choice among
+n is one-hot. An episode depends on its seed alone: its environment and its policy draw from that.
 """
 import functools
 import os
@@ -76,7 +76,10 @@ def run_file(setting, path):
 
 def is_picture(space):
     shape = space.shape or ()
-    return space.dtype == np.uint8 and len(shape) == 3 and shape[2] == 3 and min(shape[:2]) >= SMALLEST
+    if space.dtype != np.uint8 or len(shape) != 3:
+        return False
+    height, width, channels = shape
+    return channels == 3 and min(height, width) >= SMALLEST
 
 
 # -----------------------------------------------------------------------------
@@ -174,7 +177,7 @@ def describe(settings):
     known = MEANINGS.get(env.spec.name)
     if hasattr(env.unwrapped, 'get_action_meanings'):  # Atari's
         known = env.unwrapped.get_action_meanings()
-    elif hasattr(env.unwrapped, 'actions') and isinstance(env.unwrapped.actions, type):  # MiniGrid's
+    elif isinstance(getattr(env.unwrapped, 'actions', None), type):  # MiniGrid's enumeration
         known = [action.name for action in env.unwrapped.actions]
     names = meanings(space, spaces)
     if known and len(known) == len(names):
@@ -194,7 +197,10 @@ def meanings(space, spaces):
     if isinstance(space, spaces.Discrete):
         return [f'choice {space.start + i}' for i in range(space.n)]
     if isinstance(space, spaces.MultiDiscrete):
-        return [f'choice {i} of {place}' for place, n in enumerate(space.nvec.ravel()) for i in range(n)]
+        names = []
+        for place, count in enumerate(space.nvec.ravel()):
+            names += [f'choice {i} of number {place}' for i in range(count)]
+        return names
     if isinstance(space, spaces.Box):
         bounds = zip(space.low.ravel(), space.high.ravel(), strict=True)
         return [f'number {i}, from {low:g} to {high:g}' for i, (low, high) in enumerate(bounds)]

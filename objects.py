@@ -16,7 +16,6 @@ from configurator import UserError, configure
 FAINT = 0.25  # a share of a colour below this is noise, or the edge of something else
 LEAST, MOST = 0.5, 1.75  # times its true area, for an object to be found
 WIDEST = 1.5  # times its true spread
-MEASURES = ('found', 'distance', 'near', 'iou')
 
 
 def shares(world, frames):
@@ -61,7 +60,17 @@ def find(world, frames):
 
 
 def compare(world, dreamed, truth):
-    """Two clips [B,F,3,H,W] in [0, 1] -> {'agent.found': [B,F], ...} for each object and measure.
+    """Clips [B,F,3,H,W] in [0, 1] -> {'agent.found': [B,F], ...} for each object and measure.
+
+    Clip by clip, as the shares of many long ones would take gigabytes.
+    """
+    pairs = zip(dreamed, truth, strict=True)
+    clips = [compare_clip(world, dream, original) for dream, original in pairs]
+    return {name: np.stack([clip[name] for clip in clips]) for name in clips[0]}
+
+
+def compare_clip(world, dreamed, truth):
+    """Frames [F,3,H,W] in [0, 1] -> {'agent.found': [F], ...}.
 
     NaN where the detector does not see the object in the truth, and for the distance also where it
     does not in the dream.
@@ -85,7 +94,7 @@ def compare(world, dreamed, truth):
 
 
 def summarise(scores):
-    """compare's scores of all clips -> {object: numbers}, over all frames and for each.
+    """compare's scores of all clips -> {object: numbers}, over all frames and for each of them.
 
     found and near are shares of the frames; distance is [median, 90th percentile] of those found;
     iou is the median.
@@ -108,21 +117,27 @@ def statistic(measure, values):
     return float(np.median(values) if measure == 'iou' else values.mean())
 
 
-def rows_of_table(summaries, world):
-    """Rows for a Markdown table of {who: summarise's numbers}; the first is its head."""
-    rows = {'': ['found, %', 'distance, median', '90th percentile', f'within {world.NEAR:g}, %',
-                 'IoU, median']}
-    for who, summary in summaries.items():
-        for thing, numbers in summary.items():
-            median, tail = numbers['distance']
-            values = [100 * numbers['found'], median, tail, 100 * numbers['near'], numbers['iou']]
-            rows[f'{thing}, {who}'] = ['' if v is None else f'{v:.3g}' for v in values]
-    return rows
+def columns(world):
+    return ['found, %', f'distance of {world.SIDE:g}, median', '90th percentile',
+            f'within {world.NEAR:g}, %', 'IoU, median']
+
+
+def cells(numbers):
+    """One object's row of a table, of summarise's numbers; what nobody knows is empty."""
+    values = [numbers['found'], *numbers['distance'], numbers['near'], numbers['iou']]
+    text = []
+    for value, percent in zip(values, (True, False, False, True, False), strict=True):
+        if value is None:
+            text.append('')
+        else:
+            text.append(f'{100 * value:.1f}' if percent else f'{value:.3g}')
+    return text
 
 
 def detector_error(world, episodes, size):
-    """{object: (share found, distances to where the simulator has it)} over an explorer's frames."""
-    found, distances = {name: [] for name in world.OBJECTS}, {name: [] for name in world.OBJECTS}
+    """{object: (share found, distances to where the simulator has it)} in an explorer's frames."""
+    found = {name: [] for name in world.OBJECTS}
+    distances = {name: [] for name in world.OBJECTS}
     for seed in range(episodes):
         world.reset(seed)
         rng = np.random.default_rng([seed, 1])
@@ -147,7 +162,8 @@ if __name__ == '__main__':
     world = envs.make_world(what)
     if not hasattr(world, 'OBJECTS'):
         raise UserError(f'{what}: it does not say what there is to look for, as OBJECTS does')
-    for name, (share, distances) in detector_error(world, episodes, image_size or world.image_size).items():
+    errors = detector_error(world, episodes, image_size or world.image_size)
+    for name, (share, distances) in errors.items():
         median, tail, worst = np.percentile(distances, (50, 90, 100))
         print(f'{name}: found in {100 * share:.1f} % of true frames, off by {median:.3g} (median), '
               f'{tail:.3g} (90th percentile), {worst:.3g} (worst), of {world.SIDE:g}')

@@ -71,7 +71,8 @@ class Session:
             raise UserError('there is no simulator of this dataset, so nobody knows the truth')
         pixels = []
         for state in self.states:
-            self.world.set_state(state)
+            if len(self.states) > 1:  # else it is where it is, and some worlds take long to go back
+                self.world.set_state(state)
             pixels.append(self.world.render(self.height))
         frames = torch.from_numpy(np.stack(pixels))
         if self.opened.vae:

@@ -36,10 +36,12 @@ def test_an_evaluation_leaves_its_table_and_pictures(trained, evaluated):
     assert {'clips.png', 'metrics.png'} <= set(os.listdir(trained))
     with open(os.path.join(trained, 'metrics.md')) as f:
         assert f.read() in printed
-    assert metrics.keys() == {'settings', 'means', 'intervals', 'per_frame', 'per_clip', 'clips', 'absent'}
+    assert metrics.keys() == {'settings', 'means', 'intervals', 'per_frame', 'per_clip', 'objects', 'clips', 'absent'}
     assert metrics['settings']['num_steps'] == 2
     assert len(metrics['per_frame']['psnr']) == 3
     assert len(metrics['clips']) == 5
+    assert metrics['objects']['copy_agent'].keys() == {'found', 'distance', 'near', 'iou', 'per_frame'}
+    assert 'agent, wrong actions' in printed
     assert 'needs 10 predicted frames' in metrics['absent']['fvd'] and 'no FVD: ' in printed
 
 

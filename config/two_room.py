@@ -1,0 +1,25 @@
+# stable-worldmodel's TwoRoom at 64x64 pixels, for its judge: 1.6 M parameters.
+out_dir = 'out/two_room'
+dataset = 'data/two_room'
+frame_interval = 5  # as the judge's planner groups actions
+normalize_action = True
+pred_name = 'x'  # a patch of 16x16x3 pixels is six times as wide as the model
+patch_size = 16
+hidden_size = 128
+depth = 4
+num_heads = 4
+num_frames = 6  # a start and a plan of five: the window need not slide
+clean_history = 1.0
+timestep_mean = 2.0
+timestep_std = 4.0
+batch_size = 16
+max_steps = 1500
+muon = True
+learning_rate = 5e-3
+warmup_steps = 100
+gradient_clip_norm = 1.0
+ema_decay = 0.995  # averages the last 200 steps
+dtype = 'bf16'  # faster than fp32 on a CPU that has bf16 instructions
+val_every = 500
+latest_every = 500
+sample_steps = 1  # x needs few, and fewer are closer to the mean of what may happen

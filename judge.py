@@ -1,0 +1,157 @@
+"""An outside judge: our model in stable-worldmodel's simulator, by its planner, budget and criterion.
+
+    pip install stable-worldmodel==0.1.1 opencv-python-headless imageio pymunk pygame shapely
+    python data.py two_room && python train.py config/two_room.py
+    python plan.py --ckpt=out/two_room --judge=True
+
+The judge asks a model for `get_cost` and a dataset for `load_chunk`, and does the rest itself. Its
+protocol: a goal 25 simulator steps on in a held-out episode, 50 steps to get there, and success if
+its simulator says so at any of them.
+"""
+import contextlib
+import io
+import json
+import os
+import time
+
+import numpy as np
+import torch
+import torch.nn as nn
+
+import envs
+from configurator import UserError
+from data import Clips
+from evaluate import markdown
+from trials import wilson
+
+GOAL_OFFSET, BUDGET = 25, 50  # simulator steps
+
+
+class CostModel(nn.Module):
+    """What its planner optimises: how far from the goal our dream of each candidate ends."""
+
+    def __init__(self, agent):
+        super().__init__()
+        self.agent, self.model = agent, agent.model
+
+    def get_cost(self, info, candidates):
+        """[B,S] for standardised candidates [B,S,horizon,interval*A].
+
+        info: 'pixels' and 'goal' uint8 [B,S,1,H,W,3], the same for all S.
+        """
+        agent, costs = self.agent, []
+        for frames, goals, actions in zip(info['pixels'], info['goal'], candidates, strict=True):
+            frame, goal = (x[0, 0].permute(2, 0, 1).contiguous().numpy() for x in (frames, goals))
+            imagine = agent.dream(frame, torch.Generator().manual_seed(0))
+            actions = actions.clamp(agent.low, agent.high)  # its planner knows no bounds
+            costs.append(agent.cost(imagine, goal)(actions))
+        return torch.stack(costs)
+
+
+class Scaler:
+    """Between the actions of its simulator and those of its planner, which are standardised."""
+
+    def __init__(self, agent):
+        self.mean, self.std = agent.mean, agent.std
+
+    def transform(self, actions):
+        return (actions - self.mean) / self.std
+
+    def inverse_transform(self, actions):
+        return actions * self.std + self.mean
+
+
+class Recorded:
+    """Held-out episodes as its World asks for them; states, which we did not record, are replayed."""
+
+    def __init__(self, clips, world):
+        self.clips, self.world = clips, world
+        self.column_names = ['pixels', 'action', world.state_column]
+        count = clips.meta['episodes']
+        num_train = count - max(1, count // 10)
+        self.first_seed = clips.meta['seed'] * 1_000_000 + num_train  # as readers.py plays them
+
+    def load_chunk(self, episodes, starts, ends):
+        chunks = []
+        for episode, start, end in zip(episodes, starts, ends, strict=True):
+            first = self.clips.episodes[episode]
+            rows = slice(first + start, first + end)
+            states = self.play(episode, self.clips.actions[first:first + end])
+            chunks.append({
+                'pixels': torch.from_numpy(self.clips.frames[rows]),  # [T,3,H,W]
+                'action': torch.from_numpy(self.clips.actions[rows]),
+                self.world.state_column: torch.from_numpy(states[start:]),
+            })
+        return chunks
+
+    def play(self, episode, actions):
+        """The states [T,n] of an episode."""
+        states = []
+        self.world.reset(self.first_seed + episode)
+        for action in actions:
+            states.append(self.world.get_state())
+            self.world.step(action)
+        return np.stack(states)
+
+
+def policies(agent):
+    """{label: its policy}: our plans by its planner, and what needs no plan."""
+    from stable_worldmodel.policy import BasePolicy, PlanConfig, RandomPolicy, WorldModelPolicy
+    from stable_worldmodel.solver import CEMSolver
+
+    class StandStill(BasePolicy):
+        def get_action(self, info, **options):
+            return np.zeros(self.env.action_space.shape, np.float32)
+
+    planner = agent.planner
+    solver = CEMSolver(CostModel(agent), num_samples=planner.candidates, n_steps=planner.iterations,
+                       topk=planner.elites, var_scale=planner.first_std, device=agent.device)
+    config = PlanConfig(planner.horizon, planner.execute, action_block=agent.interval)
+    return {
+        'plan in the dream': WorldModelPolicy(solver, config, process={'action': Scaler(agent)}),
+        'random actions': RandomPolicy(seed=0),
+        'stand still': StandStill(),
+    }
+
+
+def score(agent, what, settings):
+    """Let it judge: prints a table, and leaves it as judge.md and judge.json. Raises UserError."""
+    if not issubclass(envs.WORLDS[what], envs.StableWorld):
+        raise UserError(f'{what} is no world of stable-worldmodel: the judge knows two_room')
+    world = envs.make_world(what)
+    from stable_worldmodel import World
+    clips = Clips(os.path.dirname(agent.recorded.folder), 'val', GOAL_OFFSET + 1)
+    chosen, _ = clips.first_rows(clips.fixed(settings['num_episodes'], settings['seed']))
+    episodes = np.searchsorted(clips.episodes, chosen, side='right') - 1
+    starts = chosen - clips.episodes[episodes]
+    state = world.state_column
+    setters = [{'method': '_set_state', 'args': {'state': {'value': state}}},
+               {'method': '_set_goal_state', 'args': {'goal_state': {'value': f'goal_{state}'}}}]
+
+    rows = {'': ['reached, % [95 % interval]', 'episodes', 's an episode']}
+    results = {}
+    for label, policy in policies(agent).items():
+        judge = World(world.name, num_envs=len(chosen), image_shape=agent.size)
+        judge.set_policy(policy)
+        start = time.perf_counter()
+        with contextlib.redirect_stdout(io.StringIO()):  # it prints a line for each plan
+            result = judge.evaluate(
+                dataset=Recorded(clips, world), episodes_idx=episodes.tolist(),
+                start_steps=starts.tolist(), goal_offset=GOAL_OFFSET, eval_budget=BUDGET,
+                callables=setters)
+        seconds = (time.perf_counter() - start) / len(chosen)
+        reached = result['episode_successes'].astype(bool).tolist()
+        low, high = wilson(sum(reached), len(reached))
+        share = f'{100 * np.mean(reached):.0f} [{100 * low:.0f}, {100 * high:.0f}]'
+        rows[label] = [share, len(reached), f'{seconds:.1f}']
+        results[label] = {'reached': reached, 'seconds': seconds}
+
+    text = markdown(rows)
+    with open(os.path.join(settings['out_dir'], 'judge.md'), 'w') as f:
+        f.write(text + '\n')
+    with open(os.path.join(settings['out_dir'], 'judge.json'), 'w') as f:
+        json.dump({'settings': settings, 'results': results}, f)
+    print(text)
+    planner = agent.planner
+    print(f'{planner.candidates} candidates x {planner.iterations} iterations a plan; '
+          'published figures took 300 x 30')
