@@ -26,7 +26,7 @@ class KVCache:
         self.v.index_copy_(-2, places, v)
         return self.k, self.v
 
-    def expand(self, batch):
+    def repeat_rows(self, batch):
         """What was remembered of one row, for `batch` of them."""
         self.k = self.k.repeat(batch, 1, 1, 1, 1)
         self.v = self.v.repeat(batch, 1, 1, 1, 1)
@@ -60,7 +60,7 @@ class CachedModel:
         self.finished = 0
 
     def new_window(self):
-        """The window slid: frames have other places, and the oldest they saw is gone."""
+        """The window slid: frames have other places, and no longer see the oldest one."""
         self.finished = 0
 
     def __call__(self, x, t, action, moving):
@@ -86,7 +86,7 @@ class CachedModel:
         row_action = action if action is None else action[:1]
         self.run(x[:1], t, row_action, slice(0, stop), skip=stop)
         for block_cache in filter(None, self.cache):
-            block_cache.expand(len(x))
+            block_cache.repeat_rows(len(x))
         self.finished, self.shared_context = stop, False
 
     def run(self, x, t, action, frames, skip):

@@ -107,11 +107,12 @@ class Clips:
     def fixed(self, count, seed=42):
         """Numbers of `count` clips (or all there are), the same for every run with this seed.
 
-        If the publisher of a dataset says where validation clips begin, its episodes begin there.
+        With fixed_starts in meta.json, validation episodes begin where published clips do, and
+        only an episode's first clip is drawn.
         """
         choices = np.arange(len(self))
         if self.meta.get('fixed_starts') and self.folder.endswith('val'):
-            choices = np.unique(self.cumulative[:-1])
+            choices = self.cumulative[:-1][np.diff(self.cumulative) > 0]
         return np.random.default_rng(seed).permutation(choices)[:count]
 
     def pixels(self, clips):

@@ -209,10 +209,10 @@ class Diffusion(nn.Module):
         return t.clamp(max=self.num_timesteps - 1).expand(shape)
 
     def with_clean_history(self, t, share, level, generator=None):
-        """Timesteps t [B,F] in which a share of the clips begin exactly as rollouts do.
+        """Timesteps t [B,F] in which a share of the clips begin with an almost clean history.
 
-        Their first frames, one to F-1 of them, get timesteps below `level`, a share of T. With levels
-        drawn for each frame alone, a longer history is hardly ever clean as a whole.
+        Their first frames, one to F-1 of them, get timesteps below `level`, a share of T. That is what
+        a rollout shows; drawn for each frame alone, a longer history is hardly ever clean as a whole.
         """
         B, F = t.shape
         known = torch.randint(1, F, (B, 1), device=t.device, generator=generator)
@@ -237,8 +237,8 @@ class Diffusion(nn.Module):
     def loss_weight(self, t):
         """min(SNR, gamma) / SNR at timesteps t [B,F]: less for frames that are almost clean anyway.
 
-        Hang et al. 2023 weight epsilon so, and x and v otherwise. With zero terminal SNR their weight
-        of v vanishes at T-1, where every rollout starts; so all targets share this one.
+        Hang et al. 2023 use this weight for epsilon only. Theirs for v is 0 at T-1, where every rollout
+        starts (zero terminal SNR), so we use this one for all.
         """
         if not self.snr_gamma:
             return torch.ones_like(t)
@@ -258,6 +258,7 @@ class Diffusion(nn.Module):
 
         The network's guess of x0 is mixed again with its guess of the noise, at the lower level s; the
         next guess is better. eta replaces some of that noise by fresh (eq. 16, in alpha and sigma).
+        previous: for solvers that look back; this one does not.
         """
         x0, eps = self.invert(x, t, out)
         alpha, sigma = self.path(s)
@@ -277,7 +278,7 @@ class Diffusion(nn.Module):
         """Dream: continue context [B,K,C,H,W] to num_frames frames under action [B,num_frames,A].
 
         Beyond the model's window of F frames, the last `history` frames become the context of one new
-        frame, again and again (F = 4, one context frame, history 3):
+        frame, again and again, whatever the schedule (F = 4, one context frame, history 3):
 
             frames 0-3: c d d d     frames 1-4: c c c d     frames 2-5: c c c d     ...
 
@@ -344,7 +345,7 @@ class Diffusion(nn.Module):
         grid = self.timesteps(sampler.num_steps, sampler.grid)
         matrix = schedule_matrix(sampler.schedule, x.shape[1], K, sampler.num_steps, grid)
         matrix = matrix.unique_consecutive(dim=0)  # there may be more steps than timesteps
-        rows = matrix.to(x.device)  # the matrix on the CPU says whose turn it is, without waiting
+        rows = matrix.to(x.device)  # the other stays on the CPU, where reading it waits for nothing
         shown = rows.clone()
         shown[:, :K] = levels
         context = self.add_noise(x[:, :K], levels, context_noise[:, :K])

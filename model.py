@@ -36,10 +36,10 @@ class NanoWMConfig:
     depth: int = 12  # blocks, spatial and temporal together
     num_heads: int = 12
     num_frames: int = 4  # the window: the longest clip the model sees at once
-    action_dim: int = 7  # numbers per frame; 0 for a model without actions
+    action_dim: int = 7  # numbers per frame of the model; 0 for one without actions
     injection: str = 'additive'  # how the action enters: one of INJECTIONS
     causal: bool = True  # a frame sees itself and the past only
-    zero_cross_gate: bool = False  # start cross_attention as the reference does: it never learns
+    zero_cross_gate: bool = False  # start cross_attention as the reference does: deaf to actions
 
     def __post_init__(self):
         size = self.input_size
@@ -83,7 +83,7 @@ class ZeroLinear(nn.Linear):
 
 
 class RMSNorm(nn.RMSNorm):
-    """Stays in the dtype of its input under autocast: the fused kernel wants its weight in it too."""
+    """Stays in the dtype of its input under autocast; the fused kernel needs its weight in that too."""
 
     def forward(self, x):
         return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
@@ -180,9 +180,9 @@ class Axis:
     rope: tuple  # cos and sin [L,d] of the L positions that x has along the axis
     causal: bool = False  # position i sees positions up to i only
     actions: torch.Tensor = None  # time: [B,K,D] embedded, of the first K frames of the window
-    # with a cache, where x are some frames of a window
+    # with a cache: x holds some frames of a window
     places: torch.Tensor = None  # [L], which ones
-    mask: torch.Tensor = None  # [L,window], true where a frame sees another; instead of causal
+    mask: torch.Tensor = None  # [L,window], true where a frame sees another; replaces the triangle
 
     def __getitem__(self, part):
         """The same for a slice of the frames; with a cache."""
@@ -470,8 +470,8 @@ class NanoWM(nn.Module):
 
         for i, block in enumerate(self.blocks):
             if i == 1:
-                x = x + self.temp_embed[:, places, None]  # before time is first looked at, as the reference
-            if skip and i == self.last_temporal:  # nobody needs more of the first frames than this
+                x = x + self.temp_embed[:, places, None]  # once, where the reference adds it
+            if skip and i == self.last_temporal:  # all that is needed of the first frames
                 block.remember(x[:, :skip], c[:, :skip], a[:, :skip], time[:skip], cache[i])
                 if skip == x.shape[1]:
                     return None

@@ -2,7 +2,7 @@
 
     python sample.py --ckpt=out/wall                        # GIF beside the checkpoint
     python sample.py --ckpt=out/wall --num_frames=50        # beyond the model's window, which slides
-    python sample.py --ckpt=out/wall --actions=file.npy     # your own actions, float [num_frames, A]
+    python sample.py --ckpt=out/wall --actions=file.npy     # your own actions, a row per recorded frame
 """
 import os
 
@@ -58,7 +58,7 @@ if __name__ == '__main__':
     format = 'gif'  # gif or mp4
     fps = 4.0  # [> 0]
     num_clips = 6  # held-out starts, or with --actions: dreams of the same actions [>= 1]
-    num_frames = 16  # length of the dream, context included [>= 2]
+    num_frames = 16  # length of the dream, context included; with --actions, theirs [>= 2]
     actions = ''  # .npy of raw actions, a row per recorded frame; '' is the recorded ones
     seed = 0  # [>= 0]
     # --------------------------------------------------------------------------

@@ -60,9 +60,9 @@ context_frames = 1  # how many of them are given when it dreams [>= 1]
 frame_interval = 1  # keep every k-th frame; the k actions between are concatenated [>= 1]
 vae = ''  # decodes latents for pictures: '' is $VAE_MODEL_PATH or pretrained/sd-vae-ft-mse
 normalize_action = False  # by the training split's mean and std
-real_data = True  # False trains on random numbers of these shapes, to try a config without data
-frame_shape = (4, 32, 32)  # channels, height, width
-action_dim = 7  # numbers per recorded frame
+real_data = True  # False trains on random numbers of the shapes below, to try a config without data
+frame_shape = (4, 32, 32)  # channels, height, width; without real_data
+action_dim = 7  # numbers per recorded frame; without real_data
 # model
 model_size = ''  # S, B, L or XL sets hidden_size, depth and num_heads
 patch_size = 4  # [>= 1]
@@ -324,8 +324,8 @@ while step < max_steps and not stop:
     steps = step - since
     weights_norm = machine.whole(torch.nn.utils.get_total_norm(weights).detach())
     sums = torch.stack([loss_sum, norm_sum, weights_norm, interrupt.as_tensor(device)])
-    loss_mean, norm, weights_norm, stop = (machine.total(sums) / WORLD_SIZE).tolist()
-    loss_mean, norm = loss_mean / steps, norm / steps
+    loss_mean, norm, weights_norm, signals = (machine.total(sums) / WORLD_SIZE).tolist()
+    loss_mean, norm, stop = loss_mean / steps, norm / steps, signals > 0
     # a weight that is not finite must not be saved, even if no loss has shown it yet
     finite = math.isfinite(loss_mean) and math.isfinite(weights_norm)
     if not finite or not (math.isfinite(norm) or scaler.is_enabled()):

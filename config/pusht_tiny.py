@@ -1,4 +1,6 @@
 # PushT at 64x64 pixels, 5.2 M parameters, about an hour on two CPU cores.
+import machine
+
 out_dir = 'out/pusht_tiny'
 dataset = 'data/pusht'
 frame_interval = 5  # half a second between frames; an action is 5 x 2 numbers
@@ -16,7 +18,7 @@ learning_rate = 1.5e-3  # small models bear more than the default
 warmup_steps = 200
 gradient_clip_norm = 1.0
 ema_decay = 0.998  # averages the last 500 steps
-dtype = 'bf16'  # 1.8 times as fast as fp32, on a CPU that has bf16 instructions
+dtype = machine.fast_dtype()  # bf16 is 1.8 times as fast on a CPU that has instructions for it
 val_every = 500
 latest_every = 250
 keep_every = 1000
