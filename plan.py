@@ -180,8 +180,10 @@ class Agent:
         if self.recorded.action_dim != model.config.action_dim:
             raise UserError(f'{dataset}: {self.recorded.action_dim} action numbers do not fit the '
                             f'model, which takes {model.config.action_dim}')
-        self.mean, self.std = self.recorded.mean, self.recorded.std
-        self.told_mean, self.told_std = self.recorded.action_scale(config['action_scale'])
+        self.mean = torch.from_numpy(np.asarray(self.recorded.mean))
+        self.std = torch.from_numpy(np.asarray(self.recorded.std))
+        scale = self.recorded.action_scale(config['action_scale'])
+        self.model_mean, self.model_std = (torch.from_numpy(np.asarray(part)) for part in scale)
         actions = self.recorded.actions
         self.low = self.standardised(actions.min(axis=0))
         self.high = self.standardised(actions.max(axis=0))
@@ -192,7 +194,7 @@ class Agent:
 
     def standardised(self, action):
         """Raw [A] -> standardised [interval*A], the same all along the interval."""
-        return torch.from_numpy((action - self.mean) / self.std).repeat(self.interval)
+        return ((torch.from_numpy(action) - self.mean) / self.std).repeat(self.interval)
 
     def encode(self, frames):
         """uint8 [N,3,H,W] -> frames [N,C,h,w] as the model dreams them."""
@@ -215,11 +217,11 @@ class Agent:
         noise, context_noise = draws.to(self.device)
 
         def imagine(actions):
-            told = (actions - self.told_mean) / self.told_std
-            told = F.pad(told.flatten(-2), (0, 0, 0, 1))  # no frame follows the last
+            scaled = (actions - self.model_mean) / self.model_std
+            scaled = F.pad(scaled.flatten(-2), (0, 0, 0, 1))  # no frame follows the last
             frames = self.diffusion.sample(
-                self.model, context, told.to(self.device), length, planner.num_steps,
-                noise=noise.expand(len(told), -1, -1, -1, -1), context_noise=context_noise,
+                self.model, context, scaled.to(self.device), length, planner.num_steps,
+                noise=noise.expand(len(scaled), -1, -1, -1, -1), context_noise=context_noise,
                 **planner.sampler)
             return frames[:, 1:]
 
