@@ -26,7 +26,7 @@ from torch.distributed.checkpoint.state_dict import (
 
 from configurator import UserError
 from model import NanoWM, NanoWMConfig
-from pickles import read_torch
+from pickles import one_line, read_torch, refusing
 
 SUFFIXES = ('.safetensors', '.ckpt', '.pt', '.pth', '.bin')  # in order of preference
 # Lightning compiled and eager, bare compiled, in DDP and eager
@@ -34,7 +34,7 @@ PREFIXES = ('model._orig_mod.', 'model.', '_orig_mod.', 'module.', '')
 OTHERS = r'vae\.|.*(rope|rotary|freq|_cos$|_sin$)'  # an autoencoder beside the model, rotary tables
 # what names of tensors tell about the injection
 INJECTION_MARKS = {'action_adaLN': 'adaln', 'film': 'film', 'cross_attn': 'cross_attention'}
-MAX_DEPTH = 1000  # a block is 50 KB of Python objects even without weights: names alone could ask for gigabytes
+MAX_DEPTH = 1000  # a block is 50 KB of Python objects even without weights
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -42,13 +42,11 @@ FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 # reading
 
 def read_checkpoint(path, train=False):
-    """(state, config, meta) of a file, folder or hub id; config is None if train.py did not write it.
+    """(state, config, meta) of a file, folder or hub id; config is None if it is not of train.py.
 
     state is {name: tensor}; train=True adds the tensors under "train.". Raises UserError.
     """
     path = find(path)
-    if not os.path.isfile(path):
-        raise UserError(f'{path} is a folder, a pipe or a device; expected a file')
     if path.endswith('.safetensors'):
         state, config, meta = read_safetensors(path, train)
     else:
@@ -59,34 +57,26 @@ def read_checkpoint(path, train=False):
         raise UserError(f'{path} was not written by train.py: '
                         'start from it with --init_from, not --resume')
     check_numbers(state, path)
-    if config:
-        check_config(config, state, path)
     return state, config, meta
 
 
 def read_safetensors(path, train):
     """(state, config, meta); a file of strangers has no metadata of ours."""
     config, meta = None, {}
-    try:
-        with safe_open(path, 'pt') as f:
-            info, names = f.metadata() or {}, model_names(f.keys())
-            if 'meta' in info:
-                config, meta = NanoWMConfig(**json.loads(info['config'])), json.loads(info['meta'])
-                names = {name: name for name in f.keys() if train or not name.startswith('train.')}
-            return {name: f.get_tensor(key) for name, key in names.items()}, config, meta
-    except Exception as e:  # a broken or hostile file can raise anything
-        why = ' '.join(f'{type(e).__name__}: {e}'.split())[:200]
-        raise UserError(f'{path} is not a readable safetensors file ({why}); '
-                        'restore it or use another one') from e
+    with refusing(path, 'safetensors'), safe_open(path, 'pt') as f:
+        info, names = f.metadata() or {}, model_names(f.keys())
+        if 'meta' in info:
+            config, meta = NanoWMConfig(**json.loads(info['config'])), json.loads(info['meta'])
+            names = {name: name for name in f.keys() if train or not name.startswith('train.')}
+        return {name: f.get_tensor(key) for name, key in names.items()}, config, meta
 
 
 def read_pickle(path):
-    """The model's {name: tensor} in a file of torch.save: the whole of it, or one of its entries."""
+    """The model's {name: tensor} in what torch.save wrote: the whole, or one of its entries."""
     tree = read_torch(path)
     for entry in ('state_dict', 'model'):
-        if isinstance(tree, dict) and isinstance(tree.get(entry), dict):
+        if isinstance(tree, dict) and entry in tree:
             tree = tree[entry]
-            break
     if not isinstance(tree, dict):
         return {}
     tensors = {key: x for key, x in tree.items() if isinstance(x, torch.Tensor)}
@@ -114,61 +104,30 @@ def check_numbers(state, path):
                             'use an earlier checkpoint')
 
 
-def shape_of(state):
-    """(fields of the config that tensors tell, number of patches). Raises UserError."""
-    try:
-        hidden_size, channels, patch_size, _ = state['x_embedder.proj.weight'].shape
-        depth = len({name.split('.')[1] for name in state if name.startswith('blocks.')})
-        if depth > MAX_DEPTH:
-            raise ValueError(f'{depth:,} blocks')
-        action_dim = 0
-        if 'action_embedder.mlp.0.weight' in state:
-            action_dim = state['action_embedder.mlp.0.weight'].shape[1]
-        shape = dict(
-            patch_size=patch_size,
-            in_channels=channels,
-            hidden_size=hidden_size,
-            depth=depth,
-            num_heads=hidden_size // len(state['blocks.0.attn.q_norm.weight']),
-            num_frames=state['temp_embed'].shape[1],
-            action_dim=action_dim)
-        return shape, state['pos_embed'].shape[1]
-    except KeyError as e:
-        raise UserError(f'{e} is missing, so the shape of the model is not known') from e
-    except (ValueError, TypeError, IndexError, ZeroDivisionError) as e:
-        raise UserError(f'no NanoWM has tensors of these shapes ({e})') from e
-
-
-def check_config(config, state, path):
-    """The config in a file's metadata is only a claim until its tensors say the same."""
-    try:
-        shape, patches = shape_of(state)
-    except UserError as e:
-        raise UserError(f'{path}: {e}') from e
-    shape['input_size'] = config.input_size
-    if math.prod(config.grid) != patches:
-        shape['input_size'] = f'{patches} patches'
-    for key, value in shape.items():
-        claim = getattr(config, key)
-        if repr(claim) != repr(value):
-            raise UserError(f'{path}: its metadata says {key}={claim}, but its tensors {value}')
-
-
 def config_of(state, injection=None, causal=None):
-    """The NanoWMConfig of weights {name: tensor}, for square frames. Raises UserError.
+    """The NanoWMConfig of weights {name: tensor}, for square frames.
 
     Tensors look the same with injection additive and adaln_fuse, and causal or not: None is
-    additive, and causal.
+    additive, and causal. Raises whatever it may if these are not the tensors of a NanoWM.
     """
-    shape, patches = shape_of(state)
+    hidden_size, channels, patch_size, _ = state['x_embedder.proj.weight'].shape
+    action_dim = 0
+    if 'action_embedder.mlp.0.weight' in state:
+        action_dim = state['action_embedder.mlp.0.weight'].shape[1]
     for mark, name in INJECTION_MARKS.items():
         if any(mark in key for key in state):
             injection = injection or name
     return NanoWMConfig(
-        input_size=math.isqrt(patches) * shape['patch_size'],
+        input_size=math.isqrt(state['pos_embed'].shape[1]) * patch_size,
+        patch_size=patch_size,
+        in_channels=channels,
+        hidden_size=hidden_size,
+        depth=len({name.split('.')[1] for name in state if name.startswith('blocks.')}),
+        num_heads=hidden_size // len(state['blocks.0.attn.q_norm.weight']),
+        num_frames=state['temp_embed'].shape[1],
+        action_dim=action_dim,
         injection=injection or 'additive',
-        causal=causal is not False,
-        **shape)
+        causal=causal is not False)
 
 
 # -----------------------------------------------------------------------------
@@ -182,10 +141,12 @@ def load_model(path, device='cpu', injection=None, causal=None):
     state, config, meta = read_checkpoint(path)
     try:
         config = config or config_of(state, injection, causal)
-        with torch.device('meta'):  # shapes only
+        if config.depth > MAX_DEPTH:
+            raise ValueError(f'{config.depth:,} blocks')
+        with torch.device('meta'):  # shapes only: they have to be those of the tensors
             sketch = NanoWM(config)
-    except (ValueError, RuntimeError) as e:
-        raise UserError(f'{path}: {e}') from e
+    except Exception as e:  # whatever the tensors lack or the metadata claims
+        raise UserError(f'{path} describes no NanoWM ({one_line(e)})') from e
     check_fit(sketch, state, path)
     model = NanoWM(config)
     load_weights(model, state, path)
@@ -220,10 +181,8 @@ def save_checkpoint(path, state, config, **meta):
     """
     state = {name: x.detach().cpu().contiguous() for name, x in state.items()}
     info = {'config': json.dumps(asdict(config)), 'meta': json.dumps(meta)}
-    for stray in glob.glob(os.path.join(glob.escape(os.path.dirname(path)), '*.safetensors.tmp')):
-        with contextlib.suppress(FileNotFoundError):
-            os.remove(stray)  # of a run that was killed while it wrote
-    tmp = f'{path}.tmp'  # a kill leaves the old file or the new
+    # a kill leaves the old file or the new, and one unfinished file that the next write replaces
+    tmp = os.path.join(os.path.dirname(path), 'unfinished.tmp')
     try:
         save_file(state, tmp, metadata=info)
         with open(tmp, 'rb') as f:
@@ -234,11 +193,6 @@ def save_checkpoint(path, state, config, **meta):
         with contextlib.suppress(OSError):
             os.remove(tmp)
         raise UserError(f'cannot write {path}: {e}; what was saved before is still whole') from e
-
-
-def trainable(model):
-    """Names of the parameters that the optimizer has, in its order."""
-    return [name for name, p in model.named_parameters() if p.requires_grad]
 
 
 def training_state(model, ema, optimizer):
@@ -254,7 +208,8 @@ def training_state(model, ema, optimizer):
         for name, x in get_model_state_dict(model, options=options).items():
             state[f'train.model.{name}'] = x
     moments = get_optimizer_state_dict(model, optimizer, options=options).get('state', {})
-    for i, name in enumerate(trainable(model)):
+    names = [name for name, p in model.named_parameters() if p.requires_grad]
+    for i, name in enumerate(names):
         for key, x in moments.get(name, {}).items():
             state[f'train.adam.{i}.{key}'] = x
     return state
@@ -266,13 +221,17 @@ def restore_training(path, model, ema, optimizer):
     Raises UserError.
     """
     state, _, meta = read_checkpoint(path, train=True)
+    for key in ('step', 'scaler'):
+        if key not in meta:
+            raise UserError(f'{path}: its metadata lacks {key}; use an earlier checkpoint')
     prefix = 'train.model.'
     average = {name: x for name, x in state.items() if not name.startswith('train.')}
     weights = {name[len(prefix):]: x for name, x in state.items() if name.startswith(prefix)}
     load_weights(ema, average, path)
     load_weights(model, weights or average, path)
 
-    names, shapes = trainable(model), {name: p.shape for name, p in model.named_parameters()}
+    shapes = {name: p.shape for name, p in model.named_parameters() if p.requires_grad}
+    names = list(shapes)  # in the optimizer's order
     moments = {name: {} for name in names}
     for key, x in state.items():
         match = re.fullmatch(r'train\.adam\.(\d+)\.(\w+)', key)
@@ -284,7 +243,8 @@ def restore_training(path, model, ema, optimizer):
     if any(moments.values()):
         restored = get_optimizer_state_dict(model, optimizer)  # its settings stay as they are
         restored['state'] = moments
-        set_optimizer_state_dict(model, optimizer, restored, options=StateDictOptions(full_state_dict=True))
+        options = StateDictOptions(full_state_dict=True)
+        set_optimizer_state_dict(model, optimizer, restored, options=options)
     return meta
 
 
@@ -335,6 +295,5 @@ def hub_file(repo_id, suffixes=SUFFIXES):
         print(f'{repo_id}: using {name}')
         return hub.hf_hub_download(repo_id, name)
     except Exception as e:  # its own, the HTTP library's or the system's
-        why = str(e).strip().partition('\n')[0] or type(e).__name__
         raise UserError(f'{repo_id} is neither here nor to be had from the Hugging Face hub: '
-                        f'{why}') from e
+                        f'{one_line(e)}') from e

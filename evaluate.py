@@ -110,23 +110,31 @@ def evaluate(model, diffusion, clips, numbers, num_context, num_steps, **options
         }
         if options.vae:
             predictions['vae_'] = in_pixels(x0)
-        for name, metric in metrics.items():
-            if name in DISTANCES:
-                scores[f'truth_{name}'].append(metric(truth).cpu())
-            for who, prediction in predictions.items():
-                images = [prediction] if name in DISTANCES else [prediction, truth]
-                scores[who + name].append(metric(*images).cpu())
-        if options.world:
-            for who in ('', 'copy_', 'wrong_'):
-                pair = predictions[who].float().cpu().numpy(), truth.cpu().numpy()
-                for name, values in objects.compare(options.world, *pair).items():
-                    scores[who + name].append(torch.from_numpy(values))
+        for name, values in score(predictions, truth, metrics, options.world).items():
+            scores[name].append(values)
     bar.close()
     scores = {name: torch.cat(parts) for name, parts in scores.items()}
     shares = [scores] * WORLD_SIZE
     if WORLD_SIZE > 1:
         dist.all_gather_object(shares, scores)
     return {name: torch.cat([part[name] for part in shares])[:len(numbers)] for name in scores}
+
+
+def score(predictions, truth, metrics, world=None):
+    """{name: values [B,predicted], or features [B,n,d]} of {prefix: frames} beside the true frames."""
+    scores = {}
+    for name, metric in metrics.items():
+        if name in DISTANCES:
+            scores[f'truth_{name}'] = metric(truth).cpu()
+        for who, prediction in predictions.items():
+            images = [prediction] if name in DISTANCES else [prediction, truth]
+            scores[who + name] = metric(*images).cpu()
+    if world:
+        for who in ('', 'copy_', 'wrong_'):
+            pair = predictions[who].float().cpu().numpy(), truth.cpu().numpy()
+            for name, values in objects.compare(world, *pair).items():
+                scores[who + name] = torch.from_numpy(values)
+    return scores
 
 
 def summarise(scores):

@@ -16,11 +16,11 @@ from functools import partial
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from checkpoint import check_fit, check_numbers, hub_file, load_weights
 from configurator import UserError
+from pickles import refusing
 
 WIDTHS = (128, 256, 512, 512)  # channels at full, half, quarter and eighth resolution
 SCALE = 0.18215  # brings Stable Diffusion's latents to unit variance
@@ -173,7 +173,7 @@ class VAE(nn.Module):
         self.post_quant_conv = nn.Conv2d(4, 4, 1)
 
     def encode(self, frames):
-        """Frames [...,3,H,W] in [-1,1] -> latents [...,4,H/8,W/8]: the posterior's mean, times SCALE.
+        """Frames [...,3,H,W] in [-1,1] -> latents [...,4,H/8,W/8]: the posterior's mean * SCALE.
 
         Raises UserError where 8 does not divide H and W.
         """
@@ -246,18 +246,12 @@ def load_vae(path='', device='cpu'):
     downloads it, or with the tensors that are missing, unexpected or of another shape.
     """
     path = find_vae(path)
-    try:
+    with refusing(path, 'autoencoder'):
         state = with_new_names(load_file(path))
-    except (SafetensorError, OSError) as e:
-        raise UserError(f'{path} is no readable safetensors file ({e}); download it again') from e
+        names = [f'encoder.down_blocks.{i}.resnets.0.conv1.bias' for i in range(4)]
+        with torch.device('meta'):  # no initialisation
+            vae = VAE([len(state[name]) for name in names])
     check_numbers(state, path)
-
-    names = [f'encoder.down_blocks.{i}.resnets.0.conv1.bias' for i in range(4)]
-    widths = [state[name].numel() for name in names if name in state]
-    if len(widths) < 4 or any(width == 0 or width % 32 for width in widths):
-        widths = WIDTHS  # then check_fit says what is wrong
-    with torch.device('meta'):  # no initialisation
-        vae = VAE(widths)
     check_fit(vae, state, path)
     vae.to_empty(device=device).to(memory_format=torch.channels_last)
     load_weights(vae, state, path)

@@ -20,6 +20,9 @@ except RuntimeError:  # built for another torch, which misses its operators: lpi
     for name in ('nms', 'qnms'):
         library.define(f'torchvision::{name}', '(Tensor x) -> Tensor')
 
+# a shell that starts the tests in the background ignores Ctrl-C, and so would every process they start
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 TRAIN = ['train.py', '--device=cpu', '--patch_size=4', '--hidden_size=32', '--depth=2', '--num_heads=2',
          '--batch_size=4', '--pred_name=x', '--num_val_clips=4', '--sample_steps=2', '--warmup_steps=2']

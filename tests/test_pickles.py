@@ -1,4 +1,5 @@
 """Truths about strangers' pickles: what numpy and torch wrote comes back, and a hostile file gets one line."""
+import copy
 import os
 import pickle
 import resource
@@ -59,7 +60,7 @@ def test_tensors_and_arrays_of_torch_come_back(saved, tmp_path):
 def test_what_is_not_known_is_inert(tmp_path):
     saved = {'weight': torch.ones(2), 'net': torch.nn.Linear(2, 2), 'words': np.array(['a']), 'path': tmp_path,
              'expanded': torch.ones(1).expand(9), 'complex': torch.ones(1, dtype=torch.complex64),
-             'optimizer': {0: {'step': 1}}}
+             'optimizer': {0: {'step': 1}}, 'empty': np.zeros((0, 3))}
     torch.save(saved, tmp_path / 'a.ckpt')
     tree = read_torch(str(tmp_path / 'a.ckpt'))
     assert tree.keys() == saved.keys() and tree['weight'].tolist() == [1, 1]
@@ -240,12 +241,34 @@ def cut(path):
     write(path, path.read_bytes()[:3000])
 
 
+def flipped(path):
+    """One bit of a weight is not what it was when the file was written."""
+    torch.save({'weight': torch.full((1000,), 2.5)}, path)
+    data = path.read_bytes()
+    at = data.index(struct.pack('<f', 2.5) * 1000)
+    write(path, data[:at] + bytes([data[at] ^ 1]) + data[at + 1:])
+
+
+def overlapping(path):
+    """A directory that lists the same 4 MiB a thousand times."""
+    with zipfile.ZipFile(path, 'w') as f:
+        f.writestr('a/data/0', bytes(2 ** 22))
+        entry = f.getinfo('a/data/0')
+        program = b'(' + b''.join(tensor(1, key=str(i)) for i in range(1000)) + b'l.'
+        f.writestr('a/data.pkl', program)
+        for i in range(1, 1000):
+            other = copy.copy(entry)
+            other.filename = f'a/data/{i}'
+            f.filelist.append(other)
+
+
 def cut_pickle(path):
     data = pickle.dumps(np.arange(1000.0))
     write(path, data[:len(data) // 2])
 
 
-@pytest.mark.parametrize('make', [compressed_storage, compressed_index, no_index, claimed_size, cut, cut_pickle,
+@pytest.mark.parametrize('make', [compressed_storage, compressed_index, no_index, claimed_size, cut, flipped,
+                                  overlapping, cut_pickle,
                                   os.mkfifo, os.mkdir])
 def test_a_broken_archive_gets_one_line(make, tmp_path):
     make(tmp_path / 'a.pth')

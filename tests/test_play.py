@@ -604,6 +604,7 @@ def test_a_setting_that_is_refused_is_said_on_the_page(server, chromium):
 @pytest.mark.parametrize('width, height', [(360, 740), (820, 500)])
 def test_a_narrow_window_shows_everything(server, visit, width, height):
     page = visit(server, width, height)
+    until(page, 'at("fps").textContent.includes("fps")')  # before the first frame it is a dash
     assert page.evaluate('document.documentElement.scrollWidth') <= width
     for part in ('dream', 'truth', 'fps', 'age', 'start', 'back', 'pause', 'one', 'record', 'num_steps', 'solver',
                  'stabilization', 'cap', 'show-truth'):

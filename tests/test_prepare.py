@@ -30,7 +30,11 @@ def latent_wall(tmp_path, monkeypatch):
         save_pth(f'{tmp_path}/wall_single/obses/episode_{i:03d}.pth', torch.from_numpy(film(24, seed=i)))
     (tmp_path / 'wall_single' / 'obses' / 'episode_007.pth').write_bytes(b'not a tensor')
     monkeypatch.setenv('VAE_MODEL_PATH', tiny_vae(tmp_path / 'vae'))
-    return ['data.py', 'dino_wall', f'--root={tmp_path}', '--image_size=32', '--val_clips=3', '--val_frames=9']
+    monkeypatch.setenv('OMP_NUM_THREADS', '1')  # the same bytes need the same order of sums
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield ['data.py', 'dino_wall', f'--root={tmp_path}', '--image_size=32', '--val_clips=3', '--val_frames=9']
+    torch.set_num_threads(before)
 
 
 def test_collection_does_not_depend_on_the_number_of_workers(wall, tmp_path):
