@@ -39,6 +39,7 @@ from machine import (
     leave_processes,
     name_of,
     under_results,
+    write_whole,
 )
 from pictures import write_video
 from prepare import begin
@@ -407,9 +408,7 @@ if __name__ == '__main__':
             steps = act(partial(choose, method, agent), agent, world, episodes[i])
         seconds = time.perf_counter() - start
         row = dict(reached=steps, distance=episodes[i].distance, seconds=seconds)
-        with open(f'{paths[label, i]}.tmp', 'w') as f:
-            json.dump(row, f)
-        os.replace(f'{paths[label, i]}.tmp', paths[label, i])
+        write_whole(paths[label, i], json.dumps(row))
         reached[label] += steps is not None
         bar.set_postfix_str(f'{reached[label]} reached')
     barrier()

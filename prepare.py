@@ -30,7 +30,16 @@ import gym_worlds
 import readers
 from configurator import UserError, configure
 from data import to_model
-from machine import RANK, WORLD_SIZE, barrier, join_processes, leave_processes, pick_device, under_results
+from machine import (
+    RANK,
+    WORLD_SIZE,
+    barrier,
+    join_processes,
+    leave_processes,
+    pick_device,
+    under_results,
+    write_whole,
+)
 from vae import load_vae
 
 # settings ---------------------------------------------------------------------
@@ -112,9 +121,7 @@ def begin(path, settings):
         if changed:
             raise UserError(f'{os.path.dirname(path)} was begun with other settings '
                             f'({", ".join(changed)}): use those again, or delete it')
-    with open(f'{path}.tmp', 'w') as f:
-        json.dump(settings, f)
-    os.replace(f'{path}.tmp', path)
+    write_whole(path, json.dumps(settings))
 
 
 def prepare(out, settings, vae=None, workers=0):
