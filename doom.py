@@ -16,9 +16,8 @@ class Doom:
     """A corridor whose far end is lined with imps. It is over when the player is dead.
 
     An action is two buttons, to step left and to step right, each pressed above 0.5, for TICS of
-    1/35 s. The picture is the middle of what the player sees, where the imps are: a square, so that
-    nothing is squeezed, of half the width, so that
-    an imp is six pixels of 64 tall and not three.
+    1/35 s. The picture is the middle of what the player sees, where the imps are: a square of half
+    its width, so that nothing is squeezed and an imp is six pixels of 64 tall, not three.
 
     A state is (seed, buttons, buttons, ...), and is restored by playing it all again, which takes
     a millisecond a step: the game can save itself only to a file.
