@@ -5,6 +5,7 @@ out_dir = 'out/wall'
 dataset = 'data/wall'
 normalize_action = True  # a step is less than a tenth of the room: too small a number otherwise
 pred_name = 'x'  # a patch of 8x8x3 pixels is wider than the model, so noise could not get through it
+injection = 'adaln'  # a decibel more than additive after 1,200 steps
 patch_size = 8
 hidden_size = 128
 depth = 5  # ends with a block in space
