@@ -12,6 +12,7 @@ A prepared dataset is a folder with meta.json and, for each split, arrays that a
 import json
 import os
 import runpy
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -85,6 +86,17 @@ class Clips:
         """Raw actions [...,A] as the model sees them."""
         return (actions - self.mean) / self.std
 
+    @cached_property
+    def action_meta(self):
+        """What is known of the actions, for checkpoints to keep: entries of meta.json, of which
+        action_range [A,4] is always there: least, 1st and 99th percentile, greatest of each number.
+        """
+        known = ('what', 'controls', 'action_names', 'action_range')
+        about = {key: self.meta[key] for key in known if key in self.meta}
+        if 'action_range' not in about:
+            about['action_range'] = action_range(self.actions)
+        return about
+
     def __len__(self):
         return int(self.cumulative[-1])
 
@@ -134,6 +146,11 @@ def to_model(frames, device='cpu'):
         frames = frames.pin_memory()  # without it non_blocking is of no use
     frames = frames.to(device, non_blocking=True)
     return frames.float() / 127.5 - 1 if frames.dtype == torch.uint8 else frames.float()
+
+
+def action_range(actions):
+    """[A,4] of actions [N,A]: least, 1st percentile, 99th percentile, greatest."""
+    return [np.percentile(numbers, (0, 1, 99, 100)).tolist() for numbers in actions.T]
 
 
 def random_dataset(folder, frame_shape, action_dim, rows=256):

@@ -23,9 +23,9 @@ import torch.nn.functional as F
 
 import envs
 import gym_worlds
-from configurator import UserError
+from configurator import UserError, extra
 from pickles import load_array
-from recordings import Episode, clips, extra, natural, read_video
+from recordings import Episode, clips, natural, read_video
 
 
 def list_episodes(settings):
@@ -50,11 +50,11 @@ def list_episodes(settings):
     return episodes
 
 
-def read_episode(episode, size):
+def read_episode(episode, size, how='stretch'):
     """(pixels uint8 [T,3,*size], actions float32 [T,A], ''), or (None, None, what is wrong)."""
     try:
         frames, actions = episode.read()
-        pixels = [resize(frame, size) for frame in frames]  # only the small ones are kept
+        pixels = [resize(frame, size, how) for frame in frames]  # only the small ones are kept
         actions = np.asarray(actions, dtype=np.float32)
         if len(actions) == len(pixels) - 1:  # nothing was done at the last frame
             actions = np.concatenate([actions, actions[-1:]])
@@ -75,14 +75,34 @@ def read_episode(episode, size):
         return None, None, f'{type(e).__name__}: {e}'
 
 
-def resize(frame, size):
-    """uint8 [H,W,3] -> uint8 [3,*size], stretched (bilinear, anti-aliased)."""
+RESIZE = ('stretch', 'pad', 'crop')
+
+
+def resize(frame, size, how='stretch'):
+    """uint8 [H,W,3] -> uint8 [3,*size], bilinear and anti-aliased.
+
+    A picture of another shape is stretched; or pad keeps all of it, between black borders; or crop
+    keeps its middle.
+    """
     if frame.dtype != np.uint8 or frame.ndim != 3 or frame.shape[2] != 3:
         raise ValueError(f'a frame is {frame.dtype} {list(frame.shape)}; expected uint8 [H,W,3]')
     x = torch.from_numpy(np.require(frame, requirements=['C', 'W'])).permute(2, 0, 1)
-    if x.shape[1:] != size:
-        x = F.interpolate(x[None].float(), size, mode='bilinear', antialias=True)[0]
+    height, width = x.shape[1:]
+    inner = size
+    if how == 'pad':
+        scale = min(size[0] / height, size[1] / width)
+        inner = max(1, round(height * scale)), max(1, round(width * scale))
+    elif how == 'crop':
+        rows = min(height, max(1, round(width * size[0] / size[1])))
+        columns = min(width, max(1, round(height * size[1] / size[0])))
+        top, left = (height - rows) // 2, (width - columns) // 2
+        x = x[:, top:top + rows, left:left + columns]
+    if x.shape[1:] != inner:
+        x = F.interpolate(x[None].float(), inner, mode='bilinear', antialias=True)[0]
         x = x.round().clamp(0, 255).byte()
+    if inner != size:
+        down, across = size[0] - inner[0], size[1] - inner[1]
+        x = F.pad(x, (across // 2, across - across // 2, down // 2, down - down // 2))
     return x.numpy()
 
 
@@ -167,13 +187,14 @@ def lerobot(root, settings):
 
     episodes = []
     for row in rows:
-        number, videos = row['episode_index'], f'videos/{camera}'
+        number, length = row['episode_index'], int(row['length'])
+        videos = f'videos/{camera}'
         row = row | dict(episode_chunk=number // info['chunks_size'], video_key=camera)
         data = fill(info['data_path'], row, 'data')
         video = fill(info['video_path'], row, videos)
         start = row.get(f'{videos}/from_timestamp', 0.0)
-        read = partial(read_lerobot, root, number, row['length'], data, video, start)
-        episodes.append(Episode(f'{root} episode {number}', read))
+        read = partial(read_lerobot, root, number, length, data, video, start)
+        episodes.append(Episode(f'{root} episode {number}', read, length=length))
     return episodes
 
 
@@ -233,7 +254,8 @@ def csgo(root, settings):
         name = os.path.basename(path).removesuffix('.hdf5')
         if name in split or not split:
             read = partial(read_csgo, path)
-            episodes.append(Episode(path, read, split.get(name, ''), start.get(name, -1)))
+            episodes.append(Episode(path, read, split.get(name, ''), start.get(name, -1),
+                                    length=1000))
     return episodes
 
 
@@ -297,7 +319,8 @@ def dino_episodes(folder, actions_file, frames_file):
     episodes = []
     for i, (length, padded) in enumerate(zip(lengths, actions, strict=True)):
         path = os.path.join(folder, frames_file.format(i))
-        episodes.append(Episode(path, partial(read_dino_wm, path, padded[:length])))
+        read = partial(read_dino_wm, path, padded[:length])
+        episodes.append(Episode(path, read, length=int(length)))
     return episodes
 
 

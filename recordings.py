@@ -7,7 +7,6 @@ Frames come one at a time, uint8 [H,W,3]: a minute of 1080p video would take 11 
 """
 import csv
 import glob
-import importlib
 import os
 import re
 from collections.abc import Callable
@@ -17,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageOps
 
-from configurator import UserError
+from configurator import UserError, extra
 
 VIDEO = ('.mp4', '.mkv', '.webm', '.mov', '.avi', '.gif')
 PICTURE = ('.png', '.jpg', '.jpeg', '.webp', '.bmp', '.tif', '.tiff')
@@ -30,6 +29,7 @@ class Episode(NamedTuple):
     split: str = ''  # train or val; '' if the publisher does not say
     start: int = -1  # the published first frame of its fixed validation clip
     num_frames: int = 0  # of the stretch to take, from there or in the middle; 0 is the whole
+    length: int = 0  # the frames of the whole, where that is known before it is read
 
 
 def clips(root, settings):
@@ -118,12 +118,3 @@ def read_actions(path):
 def natural(text):
     """A key that sorts 2 before 10."""
     return [int(part) if part.isdecimal() else part for part in re.split(r'(\d+)', text)]
-
-
-def extra(module):
-    """Import a module that only some datasets need. Raises UserError."""
-    try:
-        return importlib.import_module(module)
-    except ImportError as e:
-        package = module.split('.')[0]
-        raise UserError(f'reading this dataset needs {module}: pip install {package}') from e
