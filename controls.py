@@ -18,8 +18,28 @@ which prepare.py writes those that are KNOWN.
 import numpy as np
 
 import envs
+from configurator import UserError
 
 ARROWS = (('ArrowLeft', 'ArrowRight'), ('ArrowUp', 'ArrowDown'))
+
+
+def checked(about, size, source):
+    """What is known of actions of so many numbers, made sure to have the shapes of the lists above.
+
+    Raises UserError.
+    """
+    names, controls = about.get('action_names'), about.get('controls')
+    try:
+        held = [controls['rest'], *controls['keys'].values()] if controls else []
+        fits = np.float32(about['action_range']).shape == (size, 4) or not size
+        fits = fits and all(np.float32(action).shape == (size,) for action in held)
+        fits = fits and (not names or len(names) == size)
+    except (AttributeError, LookupError, TypeError, ValueError):
+        fits = False
+    if not fits:
+        raise UserError(f'{source}: expected action_range of {size} rows of 4 numbers, and '
+                        'action_names and controls, if any, as controls.py has them')
+    return about
 
 
 def limits(about):

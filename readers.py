@@ -7,11 +7,13 @@ read a file elsewhere.
 """
 import glob
 import json
+import math
 import multiprocessing
 import os
 import re
 import signal
 import threading
+from collections import Counter
 from collections.abc import Callable
 from functools import cache, lru_cache, partial
 from itertools import islice
@@ -25,7 +27,7 @@ import envs
 import gym_worlds
 from configurator import UserError, extra
 from pickles import load_array
-from recordings import Episode, clips, natural, read_video
+from recordings import Episode, clips, natural, ordinary, read_video
 
 
 def list_episodes(settings):
@@ -40,7 +42,7 @@ def list_episodes(settings):
         episodes = DATASETS[what].reader(root, settings)
     except UserError:
         raise
-    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as e:
+    except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as e:
         # whatever a stranger's metadata lacks or holds instead; a KeyError says only the key
         raise UserError(f'{root}: its metadata is not as {what} has it '
                         f'({type(e).__name__}: {e})') from e
@@ -55,7 +57,10 @@ def read_episode(episode, size, how='stretch'):
     try:
         frames, actions = episode.read()
         pixels = [resize(frame, size, how) for frame in frames]  # only the small ones are kept
-        actions = np.asarray(actions, dtype=np.float32)
+        actions = np.asarray(actions)
+        if actions.dtype.kind not in 'fiub':
+            raise ValueError(f'actions are {actions.dtype}; expected numbers')
+        actions = actions.astype(np.float32)
         if len(actions) == len(pixels) - 1:  # nothing was done at the last frame
             actions = np.concatenate([actions, actions[-1:]])
         if len(actions) != len(pixels) or actions.ndim != 2:
@@ -185,6 +190,9 @@ def lerobot(root, settings):
             columns = [name for name in names if not name.startswith('stats/')]
             rows += parquet.read_table(path, columns=columns).to_pylist()
 
+    listed = Counter(row['episode_index'] for row in rows)
+    if listed and max(listed.values()) > 1:  # it could train and validate
+        raise ValueError(f'episode {listed.most_common(1)[0][0]} is listed more than once')
     episodes = []
     for row in rows:
         number, length = row['episode_index'], int(row['length'])
@@ -225,7 +233,8 @@ def inside(root, path):
 
 @lru_cache(maxsize=1)  # the next episode is in the same file
 def read_table(path):
-    return extra('pyarrow.parquet').read_table(path, columns=['episode_index', 'action'])
+    columns = ['episode_index', 'frame_index', 'action']
+    return extra('pyarrow.parquet').read_table(path, columns=columns)
 
 
 def read_lerobot(root, number, length, data, video, start):
@@ -233,6 +242,8 @@ def read_lerobot(root, number, length, data, video, start):
     rows = np.flatnonzero(table['episode_index'].to_numpy() == number)
     if len(rows) != length:
         raise ValueError(f'{data} has {len(rows)} rows of it; expected {length}')
+    if (table['frame_index'].take(rows).to_numpy() != np.arange(length)).any():
+        raise ValueError(f'{data}: its rows are not in the order of frames')
     actions = np.array(table['action'].take(rows).to_pylist()).reshape(length, -1)
     return islice(read_video(inside(root, video), start), length), actions
 
@@ -247,8 +258,8 @@ def csgo(root, settings):
     split = dict.fromkeys(listed(settings['train_list']), 'train') | dict.fromkeys(val, 'val')
     start = {}
     if settings['val_starts']:
-        numbers = np.load(settings['val_starts'], allow_pickle=False).ravel()
-        start = dict(zip(val, numbers.astype(int).tolist(), strict=True))
+        numbers = np.load(settings['val_starts'], allow_pickle=False)
+        start = dict(zip(val, whole_numbers(numbers, math.inf), strict=True))
     episodes = []
     for path in find(root, '**/hdf5_dm_july2021_[0-9]*.hdf5'):
         name = os.path.basename(path).removesuffix('.hdf5')
@@ -268,11 +279,19 @@ def listed(path):
     return [name.removesuffix('.hdf5') for name in names if name]
 
 
+def whole_numbers(array, most):
+    """The array as a list of ints, from 0 to `most`. Raises ValueError."""
+    numbers = array.ravel()
+    with np.errstate(invalid='ignore'):
+        whole = numbers.astype(int)
+    if (whole != numbers).any() or (whole < 0).any() or (whole > most).any():
+        raise ValueError(f'expected whole numbers from 0 to {most}, found {numbers.min()} to {numbers.max()}')
+    return whole.tolist()
+
+
 def read_csgo(path):
-    f = extra('h5py').File(path)  # open until the last frame is taken
-    count = 0
-    while f'frame_{count}_x' in f:
-        count += 1
+    f = extra('h5py').File(ordinary(path))  # open until the last frame is taken
+    count = sum(name.endswith('_x') for name in f)  # a number that is missing is seen below
     frames = (own_array(f, f'frame_{i}_x')[..., ::-1] for i in range(count))  # stored as BGR
     return frames, [own_array(f, f'frame_{i}_y') for i in range(count)]
 
@@ -312,15 +331,15 @@ def dino_pusht(root, settings):
 
 def dino_episodes(folder, actions_file, frames_file):
     actions = load_array(find(folder, actions_file)[0])
-    lengths = np.full(len(actions), actions.shape[1])
+    lengths = [actions.shape[1]] * len(actions)
     found = glob.glob(f'{glob.escape(folder)}/seq_lengths.p*')  # none where all are equally long
     if found:
-        lengths = load_array(found[0]).ravel().astype(int)
+        lengths = whole_numbers(load_array(found[0]), actions.shape[1])
     episodes = []
     for i, (length, padded) in enumerate(zip(lengths, actions, strict=True)):
         path = os.path.join(folder, frames_file.format(i))
         read = partial(read_dino_wm, path, padded[:length])
-        episodes.append(Episode(path, read, length=int(length)))
+        episodes.append(Episode(path, read, length=length))
     return episodes
 
 
@@ -328,7 +347,12 @@ def read_dino_wm(path, actions):
     if path.endswith('.mp4'):  # PushT, whose actions are pixels: they become hundredths
         return islice(read_video(path), len(actions)), actions.astype(np.float32) / 100
     frames = load_array(path)[:len(actions)]
-    return frames.round().astype(np.uint8), actions  # Rope and Granular have 0 to 255 as floats
+    if frames.dtype != np.uint8:  # Rope and Granular have 0 to 255 as floats
+        least, greatest = frames.min(), frames.max()
+        if not (0 <= least and 1 < greatest <= 255):
+            raise ValueError(f'pixels from {least} to {greatest}; expected 0 to 255')
+        frames = frames.round().astype(np.uint8)
+    return frames, actions
 
 
 # -----------------------------------------------------------------------------

@@ -15,6 +15,7 @@ import torch
 
 from checkpoint import load_model
 from configurator import UserError
+from controls import checked
 from data import Clips
 from diffusion import Diffusion
 from machine import pick_device, pick_dtype, under_results
@@ -68,8 +69,9 @@ class OpenedRun:
         return held_out(self.model, self.config, num_frames, self.dataset)
 
     def action_meta(self, clips):
-        """What the model knows of its actions (data.Clips.action_meta), or else the dataset."""
-        return self.config.get('action_meta') or clips.action_meta
+        """What the checkpoint knows of its actions, or else the dataset. Raises UserError."""
+        about = self.config.get('action_meta') or clips.action_meta
+        return checked(about, clips.actions.shape[1], self.ckpt)
 
 
 def open_run(settings):
