@@ -104,11 +104,12 @@ def check_numbers(state, path):
                             'use an earlier checkpoint')
 
 
-def config_of(state, injection=None, causal=None):
-    """The NanoWMConfig of weights {name: tensor}, for square frames.
+def config_of(state, injection=None, causal=None, input_size=None):
+    """The NanoWMConfig of weights {name: tensor}.
 
-    Tensors look the same with injection additive and adaln_fuse, and causal or not: None is
-    additive, and causal. Raises whatever it may if these are not the tensors of a NanoWM.
+    Tensors look the same with injection additive and adaln_fuse, causal or not, and whatever the
+    shape of a frame: None is additive, causal, and square. Raises whatever it may if these are not
+    the tensors of a NanoWM.
     """
     hidden_size, channels, patch_size, _ = state['x_embedder.proj.weight'].shape
     action_dim = 0
@@ -117,8 +118,12 @@ def config_of(state, injection=None, causal=None):
     for mark, name in INJECTION_MARKS.items():
         if any(mark in key for key in state):
             injection = injection or name
+    patches = state['pos_embed'].shape[1]
+    side = math.isqrt(patches)
+    if input_size is None and side ** 2 != patches:
+        raise ValueError(f'its {patches} patches make no square: add --input_size=height,width')
     return NanoWMConfig(
-        input_size=math.isqrt(state['pos_embed'].shape[1]) * patch_size,
+        input_size=input_size or side * patch_size,
         patch_size=patch_size,
         in_channels=channels,
         hidden_size=hidden_size,
@@ -133,14 +138,14 @@ def config_of(state, injection=None, causal=None):
 # -----------------------------------------------------------------------------
 # into a model
 
-def load_model(path, device='cpu', injection=None, causal=None):
+def load_model(path, device='cpu', **options):
     """(model, meta) of a checkpoint: in eval mode, with the EMA weights if it is ours.
 
-    injection and causal help config_of with files that train.py did not write. Raises UserError.
+    options help config_of with files that train.py did not write. Raises UserError.
     """
     state, config, meta = read_checkpoint(path)
     try:
-        config = config or config_of(state, injection, causal)
+        config = config or config_of(state, **options)
         if config.depth > MAX_DEPTH:
             raise ValueError(f'{config.depth:,} blocks')
         with torch.device('meta'):  # shapes only: they have to be those of the tensors

@@ -15,6 +15,7 @@ against.
 """
 import ast
 import difflib
+import importlib
 import os
 import re
 import runpy
@@ -53,6 +54,15 @@ def check_context(num_context, num_frames):
     """Raises UserError if no frame is left to dream."""
     if num_context >= num_frames:
         raise UserError(f'context_frames={num_context}: expected fewer than num_frames={num_frames}')
+
+
+def extra(module):
+    """Import a module of a package that only some uses need. Raises UserError."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as e:
+        package = module.split('.')[0]
+        raise UserError(f'this needs {module}: pip install {package}') from e
 
 
 def print_one_line(kind, error, trace):

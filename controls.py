@@ -1,6 +1,7 @@
-"""What a player holds: which keys there are, and what each adds to an action.
+"""What the numbers of an action mean: how far they go in the data, and what each key adds to them.
 
-Controls are a dict that the page of play.py reads:
+What is known of them is a dict: data.Clips.action_meta, or what a checkpoint keeps of it. Controls
+are another one, which the page of play.py reads:
 
     rest      the action [A] when nothing is held
     keys      {name: [A]} what each key adds to it; the names are those of KeyboardEvent.code
@@ -17,17 +18,43 @@ which prepare.py writes those that are KNOWN.
 import numpy as np
 
 import envs
+from configurator import UserError
 
 ARROWS = (('ArrowLeft', 'ArrowRight'), ('ArrowUp', 'ArrowDown'))
 
 
-def controls_of(meta, low, high):
-    """Controls of the dataset with this meta.json, whose actions lie between low and high [A]."""
-    world = envs.WORLDS.get(meta.get('what'))
+def checked(about, size, source):
+    """What is known of actions of so many numbers, made sure to have the shapes of the lists above.
+
+    Raises UserError.
+    """
+    names, controls = about.get('action_names'), about.get('controls')
+    try:
+        held = [controls['rest'], *controls['keys'].values()] if controls else []
+        fits = np.float32(about['action_range']).shape == (size, 4) or not size
+        fits = fits and all(np.float32(action).shape == (size,) for action in held)
+        fits = fits and (not names or len(names) == size)
+    except (AttributeError, LookupError, TypeError, ValueError):
+        fits = False
+    if not fits:
+        raise UserError(f'{source}: expected action_range of {size} rows of 4 numbers, and '
+                        'action_names and controls, if any, as controls.py has them')
+    return about
+
+
+def limits(about):
+    """float32 [4,A]: the least, 1st percentile, 99th and greatest of each number in the data."""
+    return np.float32(about['action_range']).reshape(-1, 4).T
+
+
+def controls_of(about):
+    """Controls of the actions of which this is known; sliders go over what is usual in the data."""
+    world = envs.WORLDS.get(about.get('what'))
     if world:
         return dict(rest=[0.0] * world.action_dim, keys=world.KEYS)
-    if meta.get('controls'):
-        return meta['controls']
+    if about.get('controls'):
+        return about['controls']
+    _, low, high, _ = limits(about)
     rest = np.clip(0, low, high)
     keys = {}
     for number, pair in enumerate(ARROWS[:len(rest)]):
@@ -36,7 +63,37 @@ def controls_of(meta, low, high):
             change[number] = limit[number] - rest[number]
             keys[key] = change.tolist()
     return dict(rest=rest.tolist(), keys=keys, sliders=[low.tolist(), high.tolist()],
-                names=meta.get('action_names'))
+                names=about.get('action_names'))
+
+
+def legend(about):
+    """Lines to print: of each number how far it goes, its name and its keys, if they are known."""
+    controls, names = controls_of(about), about.get('action_names')
+    captions = controls.get('captions', {})
+    lines = []
+    for i, (least, low, high, greatest) in enumerate(limits(about).T):
+        line = f'actions[:, {i}]: {least:.3g} to {greatest:.3g}, 98 % of them {low:.3g} to {high:.3g}'
+        if names:
+            line += f'; {names[i]}'
+        if not controls.get('sliders'):
+            for key, change in controls['keys'].items():
+                if change[i]:
+                    line += f'; {captions.get(key, key)} {change[i]:+.3g}'
+        lines.append(line)
+    return lines
+
+
+def beyond(about, actions):
+    """Which numbers of raw actions [N,A] leave the range of the data, in words; '' if none do."""
+    found = []
+    least, _, _, greatest = limits(about)
+    lowest, highest = actions.min(axis=0), actions.max(axis=0)
+    for i in np.flatnonzero((lowest < least) | (highest > greatest)):
+        found.append(f'actions[:, {i}] goes from {lowest[i]:.3g} to {highest[i]:.3g}, '
+                     f'the data from {least[i]:.3g} to {greatest[i]:.3g}')
+    if len(found) > 3:
+        found[2:] = [f'and {len(found) - 2} more numbers of it']
+    return '; '.join(found)
 
 
 def csgo():

@@ -5,18 +5,21 @@
 A prepared dataset is a folder with meta.json and, for each split, arrays that are memory-mapped:
 
     {train,val}/frames.npy      uint8 [N,3,H,W] pixels, or float16 [N,C,H,W] latents, of all episodes
-    {train,val}/actions.npy     float32 [N,A]; actions[i] is what was done at frames[i]
+    {train,val}/actions.npy     float32 or other numbers [N,A]; actions[i] is done at frames[i]
     {train,val}/episodes.npy    int64 [E+1]; episode e is rows episodes[e] to episodes[e+1]
     val/pixels.npy              uint8 [N,3,H,W], with latents: the original pixels of the same rows
 """
 import json
 import os
 import runpy
+from functools import cached_property
 
 import numpy as np
 import torch
 
 from configurator import UserError
+
+UNREADABLE = (OSError, ValueError, EOFError, OverflowError, RecursionError)  # of arrays and JSON
 
 
 class Clips:
@@ -30,15 +33,16 @@ class Clips:
 
     def __init__(self, root, split, num_frames, frame_interval=1, normalize=False):
         self.num_frames, self.interval = num_frames, frame_interval
-        self.folder = os.path.join(os.path.normpath(root), split)
+        self.root, self.split = os.path.normpath(root), split
+        self.folder = os.path.join(self.root, split)
         try:
             self.frames = self.load('frames')
             self.actions = self.load('actions')
             self.episodes = self.load('episodes')
-            with open(os.path.join(root, 'meta.json')) as f:
+            with open(os.path.join(self.root, 'meta.json')) as f:
                 self.meta = json.load(f)
-        except (OSError, ValueError, EOFError) as e:
-            name = os.path.basename(os.path.normpath(root))
+        except UNREADABLE as e:
+            name = os.path.basename(self.root)
             raise UserError(f'no prepared dataset at {self.folder} ({e}): make it with '
                             f'python data.py {name}, or see docs/datasets.md for its format') from e
         self.check()
@@ -52,38 +56,67 @@ class Clips:
             raise UserError(f'{self.folder}: no episode has {span + 1} frames, which num_frames='
                             f'{num_frames} at frame_interval={frame_interval} needs; lower one of them')
 
-    def load(self, name):
-        return np.load(os.path.join(self.folder, f'{name}.npy'), mmap_mode='r')
+    def load(self, name, split=''):
+        path = os.path.join(self.root, split or self.split, f'{name}.npy')
+        if not os.path.isfile(path):  # to open a pipe would take for ever
+            raise FileNotFoundError(f'no file {name}.npy')
+        return np.lib.format.open_memmap(path, mode='r')
 
     def check(self):
         """Raises UserError if the arrays are not what the top of this file says."""
         frames, actions, episodes = self.frames, self.actions, self.episodes
         pixels = frames.dtype == np.uint8 and frames.shape[1:2] == (3,)
         latents = frames.dtype == np.float16
-        rising = episodes.ndim == 1 and len(episodes) > 0 and (np.diff(episodes) >= 0).all()
-        shapes = frames.ndim == 4 and actions.ndim == 2 and actions.dtype == np.float32
-        if shapes and rising and (pixels or latents) and episodes[0] == 0:
-            if len(frames) == len(actions) == episodes[-1]:
-                return
-        found = ', '.join(f'{array.dtype} {list(array.shape)}' for array in (frames, actions, episodes))
-        raise UserError(f'{self.folder}: expected frames uint8 [N,3,H,W] or latents float16 [N,C,H,W], '
-                        f'actions float32 [N,A], episodes rising from 0 to N; found {found}')
+        fit = frames.ndim == 4 and frames.size > 0 and (pixels or latents)
+        fit = fit and actions.ndim == 2 and actions.dtype.kind in 'fiu' and len(actions) == len(frames)
+        fit = fit and episodes.ndim == 1 and episodes.dtype.kind in 'iu' and len(episodes) > 1
+        if fit:
+            self.actions = np.asarray(actions, np.float32)  # still on the disk, if that is what it was
+            self.episodes = np.asarray(episodes, np.int64)
+            rising = (np.diff(self.episodes) >= 0).all()
+            fit = rising and self.episodes[0] == 0 and self.episodes[-1] == len(frames)
+        if not fit:
+            found = ', '.join(f'{x.dtype} {list(x.shape)}' for x in (frames, actions, episodes))
+            raise UserError(f'{self.folder}: expected frames uint8 [N,3,H,W] or latents float16 '
+                            '[N,C,H,W], actions float32 [N,A], episodes rising from 0 to N; '
+                            f'found {found}')
+        if self.split == 'val' and os.path.isfile(f'{self.root}/train/frames.npy'):
+            train = self.load('frames', 'train').shape[1:], self.load('actions', 'train').shape[1:]
+            if train != (frames.shape[1:], actions.shape[1:]):
+                raise UserError(f'{self.folder}: frames {frames.shape[1:]} and actions {actions.shape[1:]}'
+                                f' are not of the size of those for training, {train[0]} and {train[1]}')
+        if not isinstance(self.meta, dict) or not isinstance(self.meta.get('what', ''), str):
+            raise UserError(f'{self.root}/meta.json: expected what docs/datasets.md says of it')
 
     def action_scale(self, normalize):
-        """(mean, std) float32 of the A numbers; (0, 1) leaves them as they are."""
+        """(mean, std) float32 of the A numbers; (0, 1) leaves them as they are. Raises UserError."""
         if normalize is True:
-            if not {'action_mean', 'action_std'} <= self.meta.keys():
-                raise UserError(f'{self.folder}/../meta.json: normalising needs action_mean and '
-                                'action_std')
-            normalize = self.meta['action_mean'], self.meta['action_std']
-        mean, std = normalize or (0, 1)
-        std = np.float32(std)
+            normalize = self.meta.get('action_mean'), self.meta.get('action_std')
+        try:
+            mean, std = np.float32(normalize or (0, 1))
+        except (TypeError, ValueError):
+            mean = std = np.float32('nan')
+        sizes = (), (self.actions.shape[1],)
+        if mean.shape not in sizes or not np.isfinite(mean).all() or not (std >= 0).all():
+            raise UserError(f'{self.root}/meta.json: normalising needs action_mean and action_std, '
+                            f'{self.actions.shape[1]} numbers each')
         std = np.where(std == 0, np.float32(1), std)  # of a number that never changes
-        return np.float32(mean), std
+        return mean, std
 
     def standardise(self, actions):
         """Raw actions [...,A] as the model sees them."""
         return (actions - self.mean) / self.std
+
+    @cached_property
+    def action_meta(self):
+        """What is known of the actions, for checkpoints to keep: entries of meta.json, of which
+        action_range [A,4] is always there: least, 1st and 99th percentile, greatest of each number.
+        """
+        known = ('what', 'controls', 'action_names', 'action_range')
+        about = {key: self.meta[key] for key in known if key in self.meta}
+        if 'action_range' not in about:
+            about['action_range'] = action_range(self.actions)
+        return about
 
     def __len__(self):
         return int(self.cumulative[-1])
@@ -102,6 +135,8 @@ class Clips:
         # past the episode's end only the clip's last action is looked for, which the model drops
         rows = np.minimum(rows, end[:, None] - 1)
         actions = self.standardise(self.actions[rows]).reshape(len(rows), self.num_frames, -1)
+        if not np.isfinite(actions).all():
+            raise UserError(f'{self.folder}/actions.npy: some numbers are not finite')
         return torch.from_numpy(frames), torch.from_numpy(actions)
 
     def fixed(self, count, seed=42):
@@ -121,9 +156,12 @@ class Clips:
         if source.dtype != np.uint8:
             try:
                 source = self.load('pixels')
-            except OSError as e:
-                raise UserError(f'{self.folder}/pixels.npy is missing: metrics compare with the original '
-                                'pixels, which python data.py keeps') from e
+            except UNREADABLE as e:
+                raise UserError(f'{self.folder}/pixels.npy is missing or broken ({e}): metrics compare '
+                                'with the original pixels, which python data.py keeps') from e
+            if source.dtype != np.uint8 or source.ndim != 4 or len(source) != len(self.frames):
+                raise UserError(f'{self.folder}/pixels.npy is {source.dtype} {list(source.shape)}: '
+                                f'expected uint8 [{len(self.frames)},3,H,W]')
         rows = self.first_rows(clips)[0][:, None] + np.arange(self.num_frames) * self.interval
         return torch.from_numpy(source[rows])
 
@@ -134,6 +172,11 @@ def to_model(frames, device='cpu'):
         frames = frames.pin_memory()  # without it non_blocking is of no use
     frames = frames.to(device, non_blocking=True)
     return frames.float() / 127.5 - 1 if frames.dtype == torch.uint8 else frames.float()
+
+
+def action_range(actions):
+    """[A,4] of actions [N,A]: least, 1st percentile, 99th percentile, greatest."""
+    return [np.percentile(numbers, (0, 1, 99, 100)).tolist() for numbers in actions.T]
 
 
 def random_dataset(folder, frame_shape, action_dim, rows=256):

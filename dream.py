@@ -136,10 +136,3 @@ def recorded_start(clips, number):
     first = clips.first_rows([number])[0][0]
     rows = first + np.arange(clips.num_frames * clips.interval).reshape(-1, clips.interval)
     return clips.frames[rows[:, 0]], clips.actions[rows[:-1]]
-
-
-def action_range(clips):
-    """[4,A]: the least, 1st percentile, 99th and greatest of each number in the dataset's actions."""
-    if 'action_range' in clips.meta:
-        return np.float32(clips.meta['action_range']).reshape(-1, 4).T
-    return np.percentile(clips.actions, (0, 1, 99, 100), axis=0).astype(np.float32)

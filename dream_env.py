@@ -10,13 +10,11 @@ gymnasium.wrappers.TimeLimit.
 """
 import numpy as np
 
-from configurator import UserError
-from dream import action_range, open_dream, recorded_start
+from configurator import extra
+from controls import limits
+from dream import open_dream, recorded_start
 
-try:
-    import gymnasium
-except ImportError as e:
-    raise UserError('dream_env.py needs gymnasium: pip install gymnasium') from e
+gymnasium = extra('gymnasium')
 
 
 class DreamEnv(gymnasium.Env):
@@ -30,7 +28,7 @@ class DreamEnv(gymnasium.Env):
         self.render_mode = render_mode
         self.dream = open_dream(opened, **options)
         self.clips = opened.held_out(opened.context_frames)
-        lowest, _, _, highest = action_range(self.clips)
+        lowest, _, _, highest = limits(opened.action_meta(self.clips))
         self.action_space = gymnasium.spaces.Box(lowest, highest, dtype=np.float32)
         height, width = self.clips.pixels([0]).shape[-2:]
         self.observation_space = gymnasium.spaces.Box(0, 255, (height, width, 3), np.uint8)

@@ -14,8 +14,8 @@ import runpy
 
 import numpy as np
 
-from configurator import UserError
-from recordings import Episode, extra
+from configurator import UserError, extra
+from recordings import Episode
 
 EPISODES = 300  # by default
 SMALLEST = 32  # an observation with a side below this is no picture: MiniGrid's is 7x7 codes

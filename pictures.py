@@ -5,10 +5,10 @@ import imageio.v3 as iio
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from configurator import UserError
+from configurator import extra
 
 RED, GREY, DARK = (230, 60, 50), (160, 160, 160), (40, 40, 40)
-LABEL, GAP, BAR = 52, 4, 4  # pixels: of a row's label, between frames, below each frame
+LABEL, GAP, BAR = 72, 4, 4  # pixels: of a row's label, between frames, below each frame
 DASHES = ('solid', 'dashed', 'dotted', 'dashdot')
 
 
@@ -75,14 +75,11 @@ def write_picture(path, picture):
 
 
 def write_video(path, video, fps):
-    """Write uint8 [T,H,W,3] as a looping GIF, or as MP4 if the name says so."""
+    """Write uint8 [T,H,W,3] as a looping GIF, or as MP4 if the name says so. Raises UserError."""
     if not path.endswith('.mp4'):
         iio.imwrite(path, video, duration=1000 / fps, loop=0)
         return
-    try:
-        import imageio_ffmpeg  # noqa: F401
-    except ImportError as e:
-        raise UserError('MP4 needs an encoder: pip install imageio-ffmpeg, or use GIF') from e
+    extra('imageio_ffmpeg')
     height, width = video.shape[1:3]
     video = video[:, :height // 2 * 2, :width // 2 * 2]  # H.264 wants even sides
     iio.imwrite(path, video, fps=fps, codec='libx264', plugin='FFMPEG', macro_block_size=1)

@@ -28,15 +28,17 @@ import controls
 import envs
 import gym_worlds
 import readers
-from configurator import UserError, configure
-from data import to_model
+from configurator import UserError, check_choice, configure
+from data import action_range, to_model
 from machine import (
     RANK,
     WORLD_SIZE,
     barrier,
     join_processes,
     leave_processes,
+    name_of,
     pick_device,
+    seconds,
     under_results,
     write_whole,
 )
@@ -46,6 +48,7 @@ from vae import load_vae
 what = 'wall'  # a world or a dataset: one of the names above
 out = ''  # where to; '' is data/<name>
 image_size = ''  # 64, or height,width as in 320,512; '' is the world's own, or 256
+resize = 'stretch'  # pictures of another shape; or pad (black borders) or crop (the middle)
 episodes = 0  # at most so many; 0 is as many as the world says, or all there are [>= 0]
 seed = 0  # [>= 0]
 workers = os.cpu_count() // int(os.environ.get('LOCAL_WORLD_SIZE', 1))  # that read; 0: none [>= 0]
@@ -124,6 +127,21 @@ def begin(path, settings):
     write_whole(path, json.dumps(settings))
 
 
+def say_cost(episodes, vae, size):
+    """Print how long it will take all processes to encode the episodes, before they begin."""
+    device = str(vae.quant_conv.weight.device)
+    batch = torch.zeros(1 if device == 'cpu' else 32, 3, *size, device=device)
+    vae.encode(batch)  # the first time is slower
+    rate = WORLD_SIZE * len(batch) / seconds(lambda: vae.encode(batch), device)
+    lengths = [min(e.length, e.num_frames or e.length) for e in episodes if e.length > 0]
+    frames, whose = 1000, 'each 1,000'
+    if lengths:
+        frames = round(len(episodes) * statistics.mean(lengths))
+        whose = f'about {frames:,}'
+    print(f'encoding {whose} frames of {size[0]}x{size[1]} takes {frames / rate / 3600:.2f} hours, '
+          f'at {rate:.1f} a second ({WORLD_SIZE} x {name_of(device)}); --episodes= tries a few')
+
+
 def prepare(out, settings, vae=None, workers=0):
     """Write the episodes of a dataset into the folder `out`, as pixels or as latents of a VAE.
 
@@ -149,11 +167,14 @@ def prepare(out, settings, vae=None, workers=0):
     barrier()
     mine = list(parts)[RANK::WORLD_SIZE]
     todo = [path for path in mine if not os.path.exists(f'{path}.npz')]
+    if RANK == 0 and vae and todo:
+        left = [parts[path] for path in parts if not os.path.exists(f'{path}.npz')]
+        say_cost(left, vae, settings['image_size'])
     reading = DataLoader(
         [parts[path] for path in todo], batch_size=None, num_workers=workers,
         multiprocessing_context='spawn' if workers else None,
         worker_init_fn=readers.start_worker,
-        collate_fn=partial(readers.read_episode, size=settings['image_size']))
+        collate_fn=partial(readers.read_episode, size=settings['image_size'], how=settings['resize']))
     with tqdm(total=len(mine), initial=len(mine) - len(todo), unit='episode', disable=RANK > 0,
               desc=f'preparing {os.path.basename(out)}') as bar:
         for path, (pixels, actions, error) in zip(todo, reading, strict=True):
@@ -205,8 +226,7 @@ def assemble(out, parts, settings):
     meta = settings | dict(
         action_mean=actions.mean(axis=0, dtype=np.float64).tolist(),
         action_std=actions.std(axis=0, dtype=np.float64).tolist(),
-        # of each number: least, 1st and 99th percentile, greatest
-        action_range=[np.percentile(numbers, (0, 1, 99, 100)).tolist() for numbers in actions.T],
+        action_range=action_range(actions),
         # what a player holds; None: nobody knows
         controls=settings.get('controls') or controls.KNOWN.get(settings['what']),
         broken=broken,
@@ -267,6 +287,7 @@ def complete(settings):
     else:
         known = ', '.join([*envs.WORLDS, 'gym', *readers.DATASETS])
         raise UserError(f'{what!r}: unknown dataset; expected one of {known}')
+    check_choice('resize', settings['resize'], readers.RESIZE)
     settings['name'] = settings['name'] or what
     settings['image_size'] = parse_size(size or '256')
     if settings['latents'] and any(side % 8 for side in settings['image_size']):

@@ -7,11 +7,13 @@ read a file elsewhere.
 """
 import glob
 import json
+import math
 import multiprocessing
 import os
 import re
 import signal
 import threading
+from collections import Counter
 from collections.abc import Callable
 from functools import cache, lru_cache, partial
 from itertools import islice
@@ -23,9 +25,9 @@ import torch.nn.functional as F
 
 import envs
 import gym_worlds
-from configurator import UserError
+from configurator import UserError, extra
 from pickles import load_array
-from recordings import Episode, clips, extra, natural, read_video
+from recordings import Episode, clips, natural, ordinary, read_video
 
 
 def list_episodes(settings):
@@ -40,7 +42,7 @@ def list_episodes(settings):
         episodes = DATASETS[what].reader(root, settings)
     except UserError:
         raise
-    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as e:
+    except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as e:
         # whatever a stranger's metadata lacks or holds instead; a KeyError says only the key
         raise UserError(f'{root}: its metadata is not as {what} has it '
                         f'({type(e).__name__}: {e})') from e
@@ -50,12 +52,15 @@ def list_episodes(settings):
     return episodes
 
 
-def read_episode(episode, size):
+def read_episode(episode, size, how='stretch'):
     """(pixels uint8 [T,3,*size], actions float32 [T,A], ''), or (None, None, what is wrong)."""
     try:
         frames, actions = episode.read()
-        pixels = [resize(frame, size) for frame in frames]  # only the small ones are kept
-        actions = np.asarray(actions, dtype=np.float32)
+        pixels = [resize(frame, size, how) for frame in frames]  # only the small ones are kept
+        actions = np.asarray(actions)
+        if actions.dtype.kind not in 'fiub':
+            raise ValueError(f'actions are {actions.dtype}; expected numbers')
+        actions = actions.astype(np.float32)
         if len(actions) == len(pixels) - 1:  # nothing was done at the last frame
             actions = np.concatenate([actions, actions[-1:]])
         if len(actions) != len(pixels) or actions.ndim != 2:
@@ -75,14 +80,34 @@ def read_episode(episode, size):
         return None, None, f'{type(e).__name__}: {e}'
 
 
-def resize(frame, size):
-    """uint8 [H,W,3] -> uint8 [3,*size], stretched (bilinear, anti-aliased)."""
+RESIZE = ('stretch', 'pad', 'crop')
+
+
+def resize(frame, size, how='stretch'):
+    """uint8 [H,W,3] -> uint8 [3,*size], bilinear and anti-aliased.
+
+    A picture of another shape is stretched; or pad keeps all of it, between black borders; or crop
+    keeps its middle.
+    """
     if frame.dtype != np.uint8 or frame.ndim != 3 or frame.shape[2] != 3:
         raise ValueError(f'a frame is {frame.dtype} {list(frame.shape)}; expected uint8 [H,W,3]')
     x = torch.from_numpy(np.require(frame, requirements=['C', 'W'])).permute(2, 0, 1)
-    if x.shape[1:] != size:
-        x = F.interpolate(x[None].float(), size, mode='bilinear', antialias=True)[0]
+    height, width = x.shape[1:]
+    inner = size
+    if how == 'pad':
+        scale = min(size[0] / height, size[1] / width)
+        inner = max(1, round(height * scale)), max(1, round(width * scale))
+    elif how == 'crop':
+        rows = min(height, max(1, round(width * size[0] / size[1])))
+        columns = min(width, max(1, round(height * size[1] / size[0])))
+        top, left = (height - rows) // 2, (width - columns) // 2
+        x = x[:, top:top + rows, left:left + columns]
+    if x.shape[1:] != inner:
+        x = F.interpolate(x[None].float(), inner, mode='bilinear', antialias=True)[0]
         x = x.round().clamp(0, 255).byte()
+    if inner != size:
+        down, across = size[0] - inner[0], size[1] - inner[1]
+        x = F.pad(x, (across // 2, across - across // 2, down // 2, down - down // 2))
     return x.numpy()
 
 
@@ -165,15 +190,19 @@ def lerobot(root, settings):
             columns = [name for name in names if not name.startswith('stats/')]
             rows += parquet.read_table(path, columns=columns).to_pylist()
 
+    listed = Counter(row['episode_index'] for row in rows)
+    if listed and max(listed.values()) > 1:  # it could train and validate
+        raise ValueError(f'episode {listed.most_common(1)[0][0]} is listed more than once')
     episodes = []
     for row in rows:
-        number, videos = row['episode_index'], f'videos/{camera}'
+        number, length = row['episode_index'], int(row['length'])
+        videos = f'videos/{camera}'
         row = row | dict(episode_chunk=number // info['chunks_size'], video_key=camera)
         data = fill(info['data_path'], row, 'data')
         video = fill(info['video_path'], row, videos)
         start = row.get(f'{videos}/from_timestamp', 0.0)
-        read = partial(read_lerobot, root, number, row['length'], data, video, start)
-        episodes.append(Episode(f'{root} episode {number}', read))
+        read = partial(read_lerobot, root, number, length, data, video, start)
+        episodes.append(Episode(f'{root} episode {number}', read, length=length))
     return episodes
 
 
@@ -204,7 +233,8 @@ def inside(root, path):
 
 @lru_cache(maxsize=1)  # the next episode is in the same file
 def read_table(path):
-    return extra('pyarrow.parquet').read_table(path, columns=['episode_index', 'action'])
+    columns = ['episode_index', 'frame_index', 'action']
+    return extra('pyarrow.parquet').read_table(path, columns=columns)
 
 
 def read_lerobot(root, number, length, data, video, start):
@@ -212,6 +242,8 @@ def read_lerobot(root, number, length, data, video, start):
     rows = np.flatnonzero(table['episode_index'].to_numpy() == number)
     if len(rows) != length:
         raise ValueError(f'{data} has {len(rows)} rows of it; expected {length}')
+    if (table['frame_index'].take(rows).to_numpy() != np.arange(length)).any():
+        raise ValueError(f'{data}: its rows are not in the order of frames')
     actions = np.array(table['action'].take(rows).to_pylist()).reshape(length, -1)
     return islice(read_video(inside(root, video), start), length), actions
 
@@ -226,14 +258,15 @@ def csgo(root, settings):
     split = dict.fromkeys(listed(settings['train_list']), 'train') | dict.fromkeys(val, 'val')
     start = {}
     if settings['val_starts']:
-        numbers = np.load(settings['val_starts'], allow_pickle=False).ravel()
-        start = dict(zip(val, numbers.astype(int).tolist(), strict=True))
+        numbers = np.load(settings['val_starts'], allow_pickle=False)
+        start = dict(zip(val, whole_numbers(numbers, math.inf), strict=True))
     episodes = []
     for path in find(root, '**/hdf5_dm_july2021_[0-9]*.hdf5'):
         name = os.path.basename(path).removesuffix('.hdf5')
         if name in split or not split:
             read = partial(read_csgo, path)
-            episodes.append(Episode(path, read, split.get(name, ''), start.get(name, -1)))
+            episodes.append(Episode(path, read, split.get(name, ''), start.get(name, -1),
+                                    length=1000))
     return episodes
 
 
@@ -246,11 +279,19 @@ def listed(path):
     return [name.removesuffix('.hdf5') for name in names if name]
 
 
+def whole_numbers(array, most):
+    """The array as a list of ints, from 0 to `most`. Raises ValueError."""
+    numbers = array.ravel()
+    with np.errstate(invalid='ignore'):
+        whole = numbers.astype(int)
+    if (whole != numbers).any() or (whole < 0).any() or (whole > most).any():
+        raise ValueError(f'expected whole numbers from 0 to {most}, found {numbers.min()} to {numbers.max()}')
+    return whole.tolist()
+
+
 def read_csgo(path):
-    f = extra('h5py').File(path)  # open until the last frame is taken
-    count = 0
-    while f'frame_{count}_x' in f:
-        count += 1
+    f = extra('h5py').File(ordinary(path))  # open until the last frame is taken
+    count = sum(name.endswith('_x') for name in f)  # a number that is missing is seen below
     frames = (own_array(f, f'frame_{i}_x')[..., ::-1] for i in range(count))  # stored as BGR
     return frames, [own_array(f, f'frame_{i}_y') for i in range(count)]
 
@@ -290,14 +331,15 @@ def dino_pusht(root, settings):
 
 def dino_episodes(folder, actions_file, frames_file):
     actions = load_array(find(folder, actions_file)[0])
-    lengths = np.full(len(actions), actions.shape[1])
+    lengths = [actions.shape[1]] * len(actions)
     found = glob.glob(f'{glob.escape(folder)}/seq_lengths.p*')  # none where all are equally long
     if found:
-        lengths = load_array(found[0]).ravel().astype(int)
+        lengths = whole_numbers(load_array(found[0]), actions.shape[1])
     episodes = []
     for i, (length, padded) in enumerate(zip(lengths, actions, strict=True)):
         path = os.path.join(folder, frames_file.format(i))
-        episodes.append(Episode(path, partial(read_dino_wm, path, padded[:length])))
+        read = partial(read_dino_wm, path, padded[:length])
+        episodes.append(Episode(path, read, length=length))
     return episodes
 
 
@@ -305,7 +347,12 @@ def read_dino_wm(path, actions):
     if path.endswith('.mp4'):  # PushT, whose actions are pixels: they become hundredths
         return islice(read_video(path), len(actions)), actions.astype(np.float32) / 100
     frames = load_array(path)[:len(actions)]
-    return frames.round().astype(np.uint8), actions  # Rope and Granular have 0 to 255 as floats
+    if frames.dtype != np.uint8:  # Rope and Granular have 0 to 255 as floats
+        least, greatest = frames.min(), frames.max()
+        if not (0 <= least and 1 < greatest <= 255):
+            raise ValueError(f'pixels from {least} to {greatest}; expected 0 to 255')
+        frames = frames.round().astype(np.uint8)
+    return frames, actions
 
 
 # -----------------------------------------------------------------------------

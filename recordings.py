@@ -7,7 +7,6 @@ Frames come one at a time, uint8 [H,W,3]: a minute of 1080p video would take 11 
 """
 import csv
 import glob
-import importlib
 import os
 import re
 from collections.abc import Callable
@@ -17,9 +16,10 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageOps
 
-from configurator import UserError
+from configurator import UserError, extra
 
 VIDEO = ('.mp4', '.mkv', '.webm', '.mov', '.avi', '.gif')
+CONTAINERS = 'mov,mp4,matroska,webm,avi,gif'  # others, like concat, can be lists of any files
 PICTURE = ('.png', '.jpg', '.jpeg', '.webp', '.bmp', '.tif', '.tiff')
 
 
@@ -30,6 +30,7 @@ class Episode(NamedTuple):
     split: str = ''  # train or val; '' if the publisher does not say
     start: int = -1  # the published first frame of its fixed validation clip
     num_frames: int = 0  # of the stretch to take, from there or in the middle; 0 is the whole
+    length: int = 0  # the frames of the whole, where that is known before it is read
 
 
 def clips(root, settings):
@@ -69,13 +70,20 @@ def read_frames(path):
     if os.path.isdir(path):
         return map(read_picture, pictures(path))
     if path.endswith('.npy'):
-        return np.load(path, mmap_mode='r', allow_pickle=False)
+        return np.load(ordinary(path), mmap_mode='r', allow_pickle=False)
     return read_video(path)
+
+
+def ordinary(path):
+    """The path, made sure to be one of a file: to open a pipe could take for ever."""
+    if not os.path.isfile(path):
+        raise ValueError(f'{path} is missing, a folder, a pipe or a device')
+    return path
 
 
 def read_video(path, start=0.0):
     """Yield the frames of a video from `start` seconds on, turned upright."""
-    with extra('av').open(path) as f:
+    with extra('av').open(ordinary(path), options={'format_whitelist': CONTAINERS}) as f:
         stream = f.streams.video[0]
         # threads over frames would swallow the error of a file that was cut short
         stream.thread_type = 'SLICE'
@@ -89,7 +97,7 @@ def read_video(path, start=0.0):
 
 
 def read_picture(path):
-    with Image.open(path) as image:
+    with Image.open(ordinary(path)) as image:
         if image.mode.startswith('I'):
             raise ValueError(f'{path} has 16 bits or more; expected 8')
         return np.asarray(ImageOps.exif_transpose(image).convert('RGB'))
@@ -104,9 +112,9 @@ def pictures(folder):
 def read_actions(path):
     """[T,A] of an .npy, or of a .csv with or without a line of names."""
     if path.endswith('.npy'):
-        values = np.load(path, allow_pickle=False)
+        values = np.load(ordinary(path), allow_pickle=False)
         return values.reshape(len(values), -1)
-    with open(path, newline='', encoding='utf-8-sig') as f:  # spreadsheets begin with a mark
+    with open(ordinary(path), newline='', encoding='utf-8-sig') as f:  # spreadsheets begin with a mark
         rows = [row for row in csv.reader(f) if row]
     try:
         float(rows[0][0])
@@ -118,12 +126,3 @@ def read_actions(path):
 def natural(text):
     """A key that sorts 2 before 10."""
     return [int(part) if part.isdecimal() else part for part in re.split(r'(\d+)', text)]
-
-
-def extra(module):
-    """Import a module that only some datasets need. Raises UserError."""
-    try:
-        return importlib.import_module(module)
-    except ImportError as e:
-        package = module.split('.')[0]
-        raise UserError(f'reading this dataset needs {module}: pip install {package}') from e

@@ -15,6 +15,7 @@ import torch
 
 from checkpoint import load_model
 from configurator import UserError
+from controls import checked
 from data import Clips
 from diffusion import Diffusion
 from machine import pick_device, pick_dtype, under_results
@@ -42,9 +43,11 @@ frame_interval: int = None  # [>= 1]
 normalize_action: bool = None  # None is no
 injection: str = None  # adaln_fuse, if it is that: its weights look like those of additive
 causal: bool = None  # False, if time attention was not
+input_size: tuple = None  # height,width of what it sees, latents or pixels, where that is no square
 # ------------------------------------------------------------------------------
 SAMPLER = ('schedule', 'stabilization', 'solver', 'eta', 'grid', 'history', 'cache')
-TOLD = ('pred_name', 'frame_interval', 'normalize_action', 'injection', 'causal')
+FOREIGN = ('pred_name', 'frame_interval', 'normalize_action', 'injection', 'causal', 'input_size')
+OF_SHAPE = ('injection', 'causal', 'input_size')  # those that the model is built from
 
 
 @dataclass
@@ -53,7 +56,7 @@ class OpenedRun:
     ckpt: str
     model: torch.nn.Module
     diffusion: Diffusion
-    config: dict  # train.py's settings, and action_scale
+    config: dict  # train.py's settings, action_scale and action_meta
     vae: torch.nn.Module  # decodes what the model dreams; None if that is pixels
     device: str
     dtype: str
@@ -65,13 +68,18 @@ class OpenedRun:
     def held_out(self, num_frames):
         return held_out(self.model, self.config, num_frames, self.dataset)
 
+    def action_meta(self, clips):
+        """What the checkpoint knows of its actions, or else the dataset. Raises UserError."""
+        about = self.config.get('action_meta') or clips.action_meta
+        return checked(about, clips.actions.shape[1], self.ckpt)
+
 
 def open_run(settings):
     """The OpenedRun that the settings above name. Raises UserError."""
     ckpt, device = locate(settings['ckpt']), pick_device(settings['device'])
-    told = {key: settings[key] for key in TOLD}
+    options = {key: settings[key] for key in FOREIGN}
     model, diffusion, config = load_run(ckpt, device, settings['dataset'],
-                                        settings['context_frames'], **told)
+                                        settings['context_frames'], **options)
     return OpenedRun(
         ckpt=ckpt,
         model=model,
@@ -92,41 +100,45 @@ def locate(ckpt):
     return moved if os.path.exists(moved) else ckpt
 
 
-def load_run(ckpt, device='', dataset='', context_frames=0, **told):
-    """(model, diffusion, config) of a checkpoint; config is train.py's settings and action_scale.
+def load_run(ckpt, device='', dataset='', context_frames=0, **options):
+    """(model, diffusion, config) of a checkpoint; config is train.py's settings, action_scale
+    and action_meta.
 
-    told: for a checkpoint that train.py did not write, TOLD's values. Raises UserError.
+    options: of a checkpoint that train.py did not write, the settings in FOREIGN. Raises UserError.
     """
     ckpt, device = locate(ckpt), pick_device(device)
-    told = {key: value for key, value in told.items() if value is not None}
-    model, meta = load_model(ckpt, device, told.get('injection'), told.get('causal'))
+    options = {key: value for key, value in options.items() if value is not None}
+    shape = {key: options[key] for key in OF_SHAPE if key in options}
+    model, meta = load_model(ckpt, device, **shape)
     if 'train' not in meta:
-        told |= {'context_frames': context_frames, 'dataset': dataset}
-        config = config_of_a_stranger(ckpt, model.config, told)
-    elif told:
-        options = ' '.join(f'--{key}' for key in told)
-        raise UserError(f'{ckpt} knows how it was trained: leave out {options}')
+        options |= {'context_frames': context_frames, 'dataset': dataset}
+        config = foreign_config(ckpt, model.config, options)
+    elif options:
+        needless = ' '.join(f'--{key}' for key in options)
+        raise UserError(f'{ckpt} knows how it was trained: leave out {needless}')
     else:
-        config = meta['train'] | {'action_scale': meta['action_scale']}
+        config = meta['train'] | {'action_scale': meta['action_scale'],
+                                  'action_meta': meta.get('action_meta')}
     diffusion = Diffusion(config['pred_name'], config['noise_schedule'],
                           config['zero_terminal_snr'], snr_gamma=config['snr_gamma'])
     return model, diffusion.to(device), config
 
 
-def config_of_a_stranger(ckpt, model_config, told):
-    """train.py's settings of a checkpoint that it did not write. Raises UserError."""
+def foreign_config(ckpt, model_config, options):
+    """load_run's config of a checkpoint that train.py did not write. Raises UserError."""
     needed = ('pred_name', 'frame_interval', 'context_frames', 'dataset')
-    missing = ' '.join(f'--{key}=' for key in needed if not told.get(key))
+    missing = ' '.join(f'--{key}=' for key in needed if not options.get(key))
     if missing:
         raise UserError(f'{ckpt} does not say how it was trained: add {missing}')
     guessed = dict(injection=model_config.injection, causal=model_config.causal,
                    normalize_action=False)
-    config = guessed | told
+    config = guessed | options
     print(f'{ckpt}: taken to be trained with', *(f'--{key}={config[key]}' for key in guessed))
-    scale = Clips(under_results(told['dataset']), 'val', 1, normalize=config['normalize_action'])
+    clips = Clips(under_results(options['dataset']), 'val', 1, normalize=config['normalize_action'])
     native = dict(noise_schedule=None, zero_terminal_snr=None, snr_gamma=0.0, sample_steps=250)
     return native | config | dict(num_frames=model_config.num_frames,
-                                  action_scale=(scale.mean.tolist(), scale.std.tolist()))
+                                  action_scale=(clips.mean.tolist(), clips.std.tolist()),
+                                  action_meta=clips.action_meta)
 
 
 def held_out(model, config, num_frames, dataset=''):

@@ -2,7 +2,8 @@
 
     python sample.py --ckpt=out/wall                        # GIF beside the checkpoint
     python sample.py --ckpt=out/wall --num_frames=50        # beyond the model's window, which slides
-    python sample.py --ckpt=out/wall --actions=file.npy     # your own actions, a row per recorded frame
+    python sample.py --ckpt=out/wall --actions=file.npy     # your own actions, a row for each step
+    python sample.py --ckpt=out/doom --samples=4            # several dreams of each start
 """
 import os
 
@@ -11,10 +12,11 @@ import torch
 from tqdm import tqdm
 
 import run
-from configurator import UserError, check_choice, check_context, configure
+from configurator import UserError, check_choice, check_context, configure, extra
+from controls import beyond, legend
 from data import to_model
 from machine import autocast
-from pictures import side_by_side, to_pixels, write_video
+from pictures import contact_sheet, side_by_side, to_pixels, write_picture, write_video
 
 
 def dream(model, diffusion, frames, action, num_context, num_steps, seed=0, progress=False,
@@ -35,9 +37,11 @@ def dream(model, diffusion, frames, action, num_context, num_steps, seed=0, prog
 
 
 def read_actions(path, action_dim, frame_interval):
-    """Raw actions float32 [F,frame_interval,A] of an .npy, which has a row for each recorded frame,
-    or one for each frame of the model. Raises UserError.
+    """Raw actions float32 [steps,frame_interval,A] of an .npy: a row for each recorded frame, or one
+    for each frame of the model. Raises UserError.
     """
+    if not action_dim:
+        raise UserError(f'--actions={path}: the model was trained without actions')
     try:
         actions = np.load(path, allow_pickle=False).astype(np.float32)
     except (OSError, ValueError, EOFError, AttributeError) as e:
@@ -45,53 +49,82 @@ def read_actions(path, action_dim, frame_interval):
     if not np.isfinite(actions).all():
         raise UserError(f'--actions={path}: some numbers are not finite')
     numbers = action_dim // frame_interval  # of a recorded action
-    fits = actions.ndim == 2 and actions.shape[1] in (numbers, action_dim)
+    fits = actions.ndim == 2 and actions.shape[1] in (numbers, action_dim) and actions.size
     if not fits or actions.size % action_dim:
         raise UserError(f'--actions={path} has shape {list(actions.shape)}: '
-                        f'expected [{frame_interval} * num_frames, {numbers}]')
+                        f'expected [{frame_interval} * steps, {numbers}]')
     return actions.reshape(-1, frame_interval, numbers)
+
+
+def recorded_length(clips, num_clips):
+    """The frames that num_clips of the episodes have, or all episodes if there are fewer."""
+    rows = np.sort(np.diff(clips.episodes))[::-1][:num_clips]
+    frames = (rows - 1) // clips.interval + 1
+    return max(clips.num_frames, int(frames[-1]))
 
 
 if __name__ == '__main__':
     # settings -----------------------------------------------------------------
     out = ''  # file to write; '' is rollout.<format> beside the checkpoint
-    format = 'gif'  # gif or mp4
+    format = 'gif'  # gif, mp4, or png: all frames side by side
     fps = 4.0  # [> 0]
-    num_clips = 6  # held-out starts, or with --actions: dreams of the same actions [>= 1]
-    num_frames = 16  # length of the dream, context included; with --actions, theirs [>= 2]
-    actions = ''  # .npy of raw actions, a row per recorded frame; '' is the recorded ones
+    num_clips = 6  # held-out starts [>= 1]
+    samples = 1  # dreams of each start; where the world is random they differ [>= 1]
+    num_frames = 16  # context included; where a recording ends, its actions begin again [>= 2]
+    actions = ''  # .npy of your own: raw, a row for each recorded frame from where the dream begins
     seed = 0  # [>= 0]
     # --------------------------------------------------------------------------
     settings = configure(globals(), shared=run)
-    check_choice('format', format, ('gif', 'mp4'))
+    check_choice('format', format, ('gif', 'mp4', 'png'))
     opened = run.open_run(settings)
     model, config, num_context = opened.model, opened.config, opened.context_frames
     out = out or os.path.join(run.output_folder(opened.ckpt), f'rollout.{format}')
-    if not out.endswith(('.gif', '.mp4')):
-        raise UserError(f'--out={out}: expected a name that ends in .gif or .mp4')
+    if not out.endswith(('.gif', '.mp4', '.png')):
+        raise UserError(f'--out={out}: expected a name that ends in .gif, .mp4 or .png')
+    if out.endswith('.mp4'):
+        extra('imageio_ffmpeg')  # says now, not after the dream, if it is missing
     run.make_folder(os.path.dirname(out) or '.')
 
+    # the starts, and what is done from there
     if actions:
+        clips = opened.held_out(num_context)
+        about = opened.action_meta(clips)
+        print(*legend(about), sep='\n')
         own = read_actions(actions, model.config.action_dim, config['frame_interval'])
-        num_frames = len(own)
-    check_context(num_context, num_frames)
-    clips = opened.held_out(num_context if actions else num_frames)
+        excess = beyond(about, own.reshape(-1, own.shape[2]))
+        if excess:
+            print(f'{actions}: {excess}; there its dream falls apart')
+        num_frames = num_context + len(own)
+    else:
+        check_context(num_context, num_frames)
+        clips = opened.held_out(num_context + 1)
+        clips = opened.held_out(min(num_frames, recorded_length(clips, num_clips)))
     numbers = clips.fixed(num_clips, seed=seed)
     frames, action = clips.batch(numbers)
-    frames = to_model(frames, opened.device)
     if actions:
-        action = torch.from_numpy(clips.standardise(own)).flatten(1)
-        action = action.expand(len(frames), -1, -1)
-        unknown = frames.new_zeros(len(frames), num_frames - num_context, *frames.shape[2:])
-        frames = torch.cat([frames, unknown], dim=1)
+        own = torch.from_numpy(clips.standardise(own)).flatten(1).expand(len(frames), -1, -1)
+        nothing = own.new_zeros(len(frames), 1, own.shape[2])  # done at the last frame
+        action = torch.cat([action[:, :num_context - 1], own, nothing], dim=1)
+    else:
+        action = action[:, torch.arange(num_frames) % (clips.num_frames - 1)]
+    frames = to_model(frames, opened.device)
+    unknown = frames.new_zeros(len(frames), num_frames - clips.num_frames, *frames.shape[2:])
+    frames = torch.cat([frames, unknown], dim=1)
 
     torch.manual_seed(seed)  # what eta draws on the way
-    with autocast(opened.device, opened.dtype):
-        dreamed = dream(model, opened.diffusion, frames, action.to(opened.device), num_context,
-                        opened.num_steps, seed, progress=True, **opened.sampler)
-    rows = {'dream': to_pixels(dreamed, opened.vae)}
+    rows = {}
     if not actions:
         truth = clips.pixels(numbers).movedim(2, -1).numpy()
-        rows = {'truth': truth} | rows
-    write_video(out, side_by_side(rows, num_context), fps)
+        rows['truth'] = np.pad(truth, [(0, 0), (0, unknown.shape[1]), (0, 0), (0, 0), (0, 0)],
+                               constant_values=255)
+    for i in range(samples):
+        with autocast(opened.device, opened.dtype):
+            dreamed = dream(model, opened.diffusion, frames, action.to(opened.device), num_context,
+                            opened.num_steps, seed + i * len(frames), progress=True, **opened.sampler)
+        label = f'dream {i + 1}' if samples > 1 else 'dream'
+        rows[label] = to_pixels(dreamed, opened.vae)
+    if out.endswith('.png'):
+        write_picture(out, contact_sheet(rows, num_context))
+    else:
+        write_video(out, side_by_side(rows, num_context), fps)
     print(f'{out}: {len(frames)} clips of {num_frames} frames, {num_context} of them given')

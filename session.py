@@ -10,10 +10,10 @@ import torch
 
 import envs
 from configurator import UserError
-from controls import controls_of
+from controls import controls_of, limits
 from data import to_model
 from diffusion import SOLVERS
-from dream import action_range, open_dream, recorded_start
+from dream import open_dream, recorded_start
 from pictures import side_by_side
 
 MAX_STEPS = 250  # denoising steps a frame
@@ -27,7 +27,8 @@ class Session:
         self.opened = opened
         self.dream = open_dream(opened)
         self.clips = opened.held_out(opened.context_frames)
-        self.least, self.low, self.high, self.greatest = action_range(self.clips)
+        self.about_actions = opened.action_meta(self.clips)
+        self.least, _, _, self.greatest = limits(self.about_actions)
         self.height, self.width = self.clips.pixels([0]).shape[-2:]
         self.world = find_world(self.clips.meta)
         # of the last frames, as many as a dream starts from: the simulator's states, and the
@@ -47,7 +48,7 @@ class Session:
             height=self.height,
             width=self.width,
             truth=self.world is not None,
-            controls=controls_of(self.clips.meta, self.low, self.high),
+            controls=controls_of(self.about_actions),
             solvers=list(SOLVERS),
             num_steps=sampler.num_steps,
             solver=sampler.solver,

@@ -270,7 +270,8 @@ def save(*paths):
     for path in paths:
         if master:
             save_checkpoint(path, state, model.config, step=step, train=config,
-                            scaler=scaler.state_dict(), action_scale=scale)
+                            scaler=scaler.state_dict(), action_scale=scale,
+                            action_meta=train_clips.action_meta)
 
 
 def due(every):

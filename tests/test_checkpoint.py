@@ -284,6 +284,21 @@ def test_the_config_is_read_off_the_tensors(injection):
         assert config_of(NanoWM(config).state_dict()) == config
 
 
+@pytest.mark.parametrize('height, width', [(320, 512), (256, 256)])
+def test_weights_for_frames_of_either_published_shape_load(height, width, tmp_path):
+    config = NanoWMConfig(input_size=(height // 8, width // 8), hidden_size=16, depth=2, num_heads=2, action_dim=51)
+    path = str(tmp_path / 'm.pt')
+    bare(NanoWM(config).state_dict(), path)
+    if height == width:
+        assert load_model(path)[0].config == config
+    else:
+        with pytest.raises(UserError, match='its 640 patches make no square: add --input_size=height,width'):
+            load_model(path)
+        with pytest.raises(UserError, match=r'pos_embed is \(1, 640, 16\), not \(1, 600, 16\)'):
+            load_model(path, input_size=(40, 60))
+    assert load_model(path, input_size=config.input_size)[0].config == config
+
+
 class Evil:
     """Runs a function when it is unpickled."""
     def __init__(self, *call):
@@ -359,7 +374,7 @@ def names_only(state):
     (shared, 'more numbers than it has room for'),
     (names_only, 'describes no NanoWM .*2,000 blocks')])
 def test_a_small_file_cannot_ask_for_a_large_model(bomb, message, tmp_path):
-    torch.save(bomb(tiny().state_dict()), tmp_path / 'm.pt')
+    torch.save(bomb(tiny(input_size=8).state_dict()), tmp_path / 'm.pt')
     with pytest.raises(UserError, match=message):
         load_model(str(tmp_path / 'm.pt'))
 

@@ -1,5 +1,6 @@
 """Truths about clips: what is cut out of the arrays is what was put in."""
 import json
+import os
 
 import numpy as np
 import pytest
@@ -74,9 +75,80 @@ def test_episodes_that_are_too_short_say_so(wall):
         Clips(wall, 'train', num_frames=5, frame_interval=30)
 
 
+@pytest.mark.parametrize('dtype', [np.float64, np.int64, np.float16])
+def test_actions_may_be_of_any_type_of_number(tmp_path, dtype):
+    root = random_dataset(tmp_path / 'data', (3, 8, 8), action_dim=2, rows=20)
+    actions = np.arange(40).reshape(20, 2).astype(dtype)
+    np.save(f'{root}/train/actions.npy', actions)
+    action = Clips(root, 'train', 2).batch([3])[1]
+    assert action.dtype == torch.float32 and action.tolist() == [actions[3:5].tolist()]
+
+
+def hide(root):
+    os.remove(f'{root}/train/frames.npy')
+    os.mkfifo(f'{root}/train/frames.npy')  # to read it would take for ever
+
+
+def pack(root):
+    with open(f'{root}/train/frames.npy', 'wb') as f:
+        np.savez(f, frames=np.zeros((20, 3, 8, 8), np.uint8))
+
+
+def empty(root):
+    open(f'{root}/train/actions.npy', 'w').close()
+
+
+def shrink_to_nothing(root):
+    with open(f'{root}/train/frames.npy', 'wb') as f:
+        header = dict(descr='|u1', fortran_order=False, shape=(-20, 3, 8, 8))
+        np.lib.format.write_array_header_1_0(f, header)
+
+
+def enlarge(root):
+    np.save(f'{root}/val/frames.npy', np.zeros((20, 3, 16, 16), np.uint8))
+
+
+def drop_a_number(root):
+    np.save(f'{root}/train/actions.npy', np.full((20, 2), np.nan, np.float32))
+
+
+def shorten_pixels(root):
+    for split in ('train', 'val'):
+        np.save(f'{root}/{split}/frames.npy', np.zeros((20, 4, 8, 8), np.float16))
+    np.save(f'{root}/val/pixels.npy', np.zeros((19, 3, 64, 64), np.uint8))
+
+
+@pytest.mark.parametrize('damage, line', [
+    (hide, 'no file frames.npy'), (pack, 'no prepared dataset'), (empty, 'no prepared dataset'),
+    (shrink_to_nothing, 'no prepared dataset'), (enlarge, 'not of the size of those for training'),
+    (drop_a_number, 'actions.npy: some numbers are not finite'), (shorten_pixels, r'expected uint8 \[20,3,H,W\]')])
+def test_damage_to_a_dataset_gets_one_line(damage, line, tmp_path):
+    root = random_dataset(tmp_path / 'data', (3, 8, 8), action_dim=2, rows=20)
+    damage(root)
+    with pytest.raises(UserError, match=line):
+        for split in ('train', 'val'):
+            clips = Clips(root, split, 2)
+            clips.batch([0])
+        clips.pixels([0])
+
+
+@pytest.mark.parametrize('text', [
+    '', '[]', 'null', '[' * 100_000, '{}', '{"action_mean": [0, 0]}', '{"action_mean": [0], "action_std": [1]}',
+    '{"action_mean": "zero", "action_std": [1, 1]}', '{"action_mean": [0, 0], "action_std": [NaN, 1]}',
+    '{"action_mean": [0, 0], "action_std": [-1, 1]}', '{"action_mean": [0, 0], "action_std": null}',
+    '{"action_mean": [0, 0], "action_std": [1, 1], "what": [1]}'], ids=lambda text: text[:60])
+def test_metadata_that_is_wrong_gets_one_line(text, tmp_path):
+    root = random_dataset(tmp_path / 'data', (3, 8, 8), action_dim=2, rows=20)
+    (tmp_path / 'data' / 'meta.json').write_text(text)
+    with pytest.raises(UserError):
+        Clips(root, 'train', 2, normalize=True)
+
+
 @pytest.mark.parametrize('name, array', [
     ('frames', np.zeros((20, 3, 8, 8), np.float32)), ('frames', np.zeros((20, 3, 8), np.uint8)),
-    ('actions', np.zeros((20, 2))), ('actions', np.zeros((19, 2), np.float32)),
+    ('actions', np.full((20, 2), 'a')), ('actions', np.zeros((19, 2), np.float32)),
+    ('frames', np.zeros((20, 3, 8, 0), np.uint8)), ('episodes', np.array([0, 15, 10, 20], np.uint64)),
+    ('episodes', np.array([0.0, 20.0])),
     ('episodes', np.array([0, 30])), ('episodes', np.array([0, 15, 10, 20])), ('episodes', np.array([]))], ids=str)
 def test_arrays_that_do_not_fit_each_other_are_refused(tmp_path, name, array):
     root = random_dataset(tmp_path / 'data', (3, 8, 8), action_dim=2, rows=20)

@@ -8,8 +8,9 @@ from test_model import tiny
 
 import run
 from configurator import UserError
+from controls import limits
 from diffusion import Diffusion, Sampler
-from dream import Dream, action_range, open_dream, recorded_start
+from dream import Dream, open_dream, recorded_start
 from pictures import to_pixels
 from vae import VAE
 
@@ -165,12 +166,13 @@ def test_a_trained_run_is_dreamed_from_recorded_starts(trained):
 def test_an_agent_can_be_trained_in_it(trained):
     checker = pytest.importorskip('gymnasium.utils.env_checker')
     from dream_env import DreamEnv
-    env = DreamEnv(opened_run(trained))
+    opened = opened_run(trained)
+    env = DreamEnv(opened)
     checker.check_env(env, skip_render_check=True)
     first, _ = env.reset(seed=1)
     again, _ = env.reset(seed=1)
     assert (first == again).all() and first.shape == env.observation_space.shape == (16, 16, 3)
-    least, _, _, greatest = action_range(env.clips)
+    least, _, _, greatest = limits(opened.config['action_meta'])
     assert (env.action_space.low == least).all() and (env.action_space.high == greatest).all()
     frame, reward, terminated, truncated, info = env.step(greatest)
     env.reset(seed=1)

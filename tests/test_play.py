@@ -197,22 +197,22 @@ def test_a_film_keeps_the_last_frames_only(wall):
 
 def test_every_world_names_keys_that_fit_its_actions():
     for name, world in envs.WORLDS.items():
-        held = controls.controls_of({'what': name}, None, None)
+        held = controls.controls_of({'what': name})
         assert held['keys'] and held['rest'] == [0.0] * world.action_dim
         assert all(len(action) == world.action_dim for action in held['keys'].values())
 
 
 def test_a_dataset_that_does_not_know_its_keys_gets_sliders_and_arrows():
-    low, high = np.float32([-1, 2, -3]), np.float32([1, 4, -1])
-    held = controls.controls_of({}, low, high)
-    assert held['rest'] == [0, 2, -1] and held['sliders'] == [low.tolist(), high.tolist()]
+    ranges = [[-9, -1, 1, 9], [2, 2, 4, 4], [-3, -3, -1, 0]]  # the sliders leave out the last hundredths
+    held = controls.controls_of({'action_range': ranges})
+    assert held['rest'] == [0, 2, -1] and held['sliders'] == [[-1, 2, -3], [1, 4, -1]]
     assert held['keys'] == {'ArrowLeft': [-1, 0, 0], 'ArrowRight': [1, 0, 0], 'ArrowUp': [0, 0, 0],
                             'ArrowDown': [0, 2, 0]}
-    assert list(controls.controls_of({}, low[:1], high[:1])['keys']) == ['ArrowLeft', 'ArrowRight']
+    assert list(controls.controls_of({'action_range': ranges[:1]})['keys']) == ['ArrowLeft', 'ArrowRight']
 
 
 def test_csgo_is_51_numbers_one_for_each_key_and_one_hot_ones_for_the_mouse():
-    held = controls.controls_of({'controls': controls.KNOWN['csgo']}, None, None)
+    held = controls.controls_of({'controls': controls.KNOWN['csgo']})
     rest = np.array(held['rest'])
     assert len(rest) == 51 and rest.nonzero()[0].tolist() == [13 + 11, 36 + 7]  # the middle bins: it stays
     for key, number in (('KeyW', 0), ('KeyD', 3), ('KeyR', 10), ('Mouse2', 12)):

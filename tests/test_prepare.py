@@ -2,6 +2,7 @@
 import fcntl
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -10,11 +11,14 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, error, inline, run
+from conftest import ROOT, TRAIN, error, inline, run
+from PIL import Image
 from raw import KINDS, film, load_split, save_pth, tiny_vae
 
 import envs
+from checkpoint import read_checkpoint
 from configurator import UserError
+from pictures import GAP, LABEL
 from prepare import parse_size
 
 
@@ -151,11 +155,35 @@ def test_means_and_deviations_of_actions_are_those_of_training(latent_wall, tmp_
     assert list(meta['broken']) == [f'{tmp_path}/wall_single/obses/episode_007.pth']
 
 
-def test_pictures_need_not_be_square(tmp_path):
+def test_what_encoding_costs_is_said_before_it_begins(latent_wall, tmp_path):
+    said = inline(*latent_wall, f'--out={tmp_path / "out"}', '--workers=0')
+    frames = 36 * 24 + 3 * 9  # of episodes of 24, and of three of them a stretch of 9 for validation
+    assert re.search(rf'encoding about {frames} frames of 32x32 takes 0\.\d\d hours, at [\d.]+ a second', said)
+    assert 'hours' not in inline(*latent_wall, f'--out={tmp_path / "pixels"}', '--workers=0', '--latents=False')
+
+
+@pytest.mark.parametrize('latents', [True, False])
+def test_frames_need_not_be_square_from_their_files_to_the_scores(latents, tmp_path, monkeypatch):
     KINDS['dino_wall'][0](str(tmp_path / 'raw'))
-    inline('data.py', 'dino_wall', f'--root={tmp_path / "raw"}', f'--out={tmp_path / "out"}', '--latents=False',
-           '--image_size=16,24', '--workers=0')
-    assert load_split(tmp_path / 'out', 'train')[0].shape[1:] == (3, 16, 24)
+    monkeypatch.setenv('VAE_MODEL_PATH', tiny_vae(tmp_path / 'vae'))
+    inline('data.py', 'dino_wall', f'--root={tmp_path / "raw"}', f'--out={tmp_path / "out"}', f'--latents={latents}',
+           '--image_size=16,32', '--workers=0', '--resize=pad')
+    frames = load_split(tmp_path / 'out', 'train')[0]
+    assert frames.shape[1:] == ((4, 2, 4) if latents else (3, 16, 32))
+    run(*TRAIN, f'--dataset={tmp_path / "out"}', f'--out_dir={tmp_path / "run"}', '--max_steps=1', '--patch_size=2')
+    with Image.open(tmp_path / 'run' / 'dream_0000001.png') as sheet:
+        assert sheet.width == LABEL + 4 * (128 + GAP)  # each frame four times as large, and twice as wide as high
+    run('evaluate.py', f'--ckpt={tmp_path / "run"}', '--num_clips=4', '--num_steps=1')
+    assert np.isfinite(json.loads((tmp_path / 'run' / 'metrics.json').read_text())['means']['ssim'])
+    run('sample.py', f'--ckpt={tmp_path / "run"}', '--num_clips=2', '--num_steps=1')
+    # the same weights without what train.py says of them
+    torch.save(read_checkpoint(str(tmp_path / 'run'))[0], tmp_path / 'bare.pt')
+    size = '2,4' if latents else '16,32'
+    run('sample.py', f'--ckpt={tmp_path / "bare.pt"}', f'--input_size={size}', f'--dataset={tmp_path / "out"}',
+        '--pred_name=x', '--frame_interval=1', '--context_frames=1', '--num_clips=2', '--num_steps=1')
+    with Image.open(tmp_path / 'rollout.gif') as gif, Image.open(tmp_path / 'run' / 'rollout.gif') as own:
+        assert gif.size == own.size == (LABEL + 2 * (192 + GAP), 2 * (96 + 2 * GAP))
+        assert gif.tobytes() == own.tobytes()
 
 
 @pytest.mark.parametrize('text', ['7', 'big', '64,', '64,64,3', '-64', '6.4'])
@@ -176,6 +204,7 @@ def test_a_few_episodes_keep_some_of_each_published_split(tmp_path):
     (['rt1'], 'set RT1_DATA_ROOT'),
     (['clips'], '--root=<folder>'),
     (['wall', '--image_size=16,24'], 'square'),
+    (['clips', '--root=.', '--resize=fit'], "resize='fit': expected one of stretch, pad, crop"),
     (['wall', '--episodes=1'], 'at least one for training'),
     (['clips', '--root=.', '--image_size=60'], 'multiples of 8'),
     (['clips', '--root=.', '--vae=nowhere'], '; --latents=False keeps pixels'),

@@ -13,6 +13,7 @@ from conftest import error, inline
 from PIL import Image
 from raw import KINDS, episodes, film, lerobot, load_split, tiny_vae, write_video
 
+from configurator import UserError
 from metrics import psnr
 from readers import fill, list_episodes, read_episode, resize
 from recordings import read_actions, read_frames
@@ -186,6 +187,32 @@ def test_a_length_that_the_table_does_not_have_is_seen(length, robot):
     assert f'expected {length}' in why_broken(open_lerobot(robot)[1])
 
 
+def test_an_episode_that_is_listed_twice_is_seen(robot, tmp_path):
+    path = robot / 'meta' / 'episodes.jsonl'
+    path.write_text(path.read_text() + path.read_text().splitlines()[1])
+    assert 'episode 1 is listed more than once' in error(*command('lerobot', robot, tmp_path / 'out'))
+
+
+def test_rows_in_another_order_are_seen(robot):
+    import pyarrow.parquet as parquet
+    path = robot / 'data/chunk-000/episode_000001.parquet'
+    table = parquet.read_table(path)
+    parquet.write_table(table.take(list(range(len(table)))[::-1]), path)
+    assert 'not in the order of frames' in why_broken(open_lerobot(robot)[1])
+
+
+def test_a_video_that_is_a_list_of_other_files_is_not_followed(robot):
+    folder = robot / 'videos/chunk-000/observation.images.image'
+    (folder / 'secret.txt').symlink_to(shutil.copy(folder / 'episode_000000.mp4', robot.parent / 'secret.mp4'))
+    (folder / 'episode_000001.mp4').write_text('ffconcat version 1.0\nfile secret.txt\n')
+    assert 'episode_000001.mp4' in why_broken(open_lerobot(robot)[1])
+
+
+def open_csgo(root, **settings):
+    empty = dict(what='csgo', root=str(root), episodes=0, train_list='', val_list='', val_starts='')
+    return list_episodes(empty | settings)
+
+
 @pytest.mark.parametrize('kind', ['external', 'link', 'huge'])
 def test_hdf5_reads_no_other_file_and_no_endless_zeros(kind, tmp_path):
     import h5py
@@ -201,9 +228,40 @@ def test_hdf5_reads_no_other_file_and_no_endless_zeros(kind, tmp_path):
             f['frame_3_y'] = h5py.ExternalLink('hdf5_dm_july2021_200.hdf5', 'frame_3_y')
         else:
             f.create_dataset('frame_3_y', (2 ** 40,), 'f8', chunks=(51,))
-    episode = list_episodes(dict(what='csgo', root=str(tmp_path / 'raw'), episodes=0, train_list='', val_list='',
-                                 val_starts=''))[0]
-    assert 'frame_3_y' in why_broken(episode)
+    assert 'frame_3_y' in why_broken(open_csgo(tmp_path / 'raw')[0])
+
+
+def test_a_frame_that_is_missing_in_the_middle_is_seen(tmp_path):
+    import h5py
+    KINDS['csgo'][0](str(tmp_path / 'raw'))
+    with h5py.File(tmp_path / 'raw' / '1-200' / 'hdf5_dm_july2021_199.hdf5', 'a') as f:
+        del f['frame_7_x']
+    assert 'frame_7_x' in why_broken(open_csgo(tmp_path / 'raw')[0])
+
+
+@pytest.mark.parametrize('starts', [[np.nan], [-5], [1.5], [1, 2], ['a']], ids=str)
+def test_starts_that_are_none_are_refused(starts, tmp_path):
+    KINDS['csgo'][0](str(tmp_path / 'raw'))
+    (tmp_path / 'val.txt').write_text('hdf5_dm_july2021_201')
+    np.save(tmp_path / 'starts.npy', starts)
+    with pytest.raises(UserError, match='not as csgo has it'):
+        open_csgo(tmp_path / 'raw', val_list=str(tmp_path / 'val.txt'), val_starts=str(tmp_path / 'starts.npy'))
+
+
+@pytest.mark.parametrize('lengths', [[-3, 20, 24], [22, 20, 99], [22, 20, np.nan], [22.5, 20, 24], [22, 20]], ids=str)
+def test_lengths_that_the_actions_do_not_have_are_refused(lengths, tmp_path):
+    KINDS['dino_point_maze'][0](str(tmp_path / 'raw'))
+    torch.save(torch.tensor(lengths), tmp_path / 'raw' / 'point_maze' / 'seq_lengths.pth')
+    assert 'not as dino_point_maze has it' in error(*command('dino_point_maze', tmp_path / 'raw', tmp_path / 'out'))
+
+
+@pytest.mark.parametrize('least, greatest', [(0, 1), (0, 400), (-50, 150), (np.nan, np.nan)])
+def test_pixels_that_would_wrap_round_are_seen(least, greatest, tmp_path):
+    KINDS['dino_rope'][0](str(tmp_path / 'raw'))
+    torch.save(torch.linspace(least, greatest, 12 * 8 * 8 * 3).reshape(12, 8, 8, 3),
+               tmp_path / 'raw/deformable/rope/000000/obses.pth')
+    episodes = list_episodes(dict(what='dino_rope', root=str(tmp_path / 'raw'), episodes=0))
+    assert 'expected 0 to 255' in why_broken(episodes[0])
 
 
 # -----------------------------------------------------------------------------
@@ -233,6 +291,26 @@ def test_a_recording_without_actions_is_named(tmp_path):
     recordings(tmp_path / 'raw', 'abc')
     os.remove(tmp_path / 'raw' / 'b.csv')
     assert 'b.npy has no actions beside it' in error(*command('clips', tmp_path / 'raw', tmp_path / 'out'))
+
+
+@pytest.mark.parametrize('name', ['b.csv', 'b.npy', 'c.mp4', 'd/1.png'])
+def test_a_pipe_among_recordings_is_not_waited_for(name, tmp_path):
+    recordings(tmp_path / 'raw', 'abc')
+    (tmp_path / 'raw' / 'd').mkdir()
+    (tmp_path / 'raw' / 'd.csv').write_text('1,2')
+    (tmp_path / 'raw' / name).unlink(missing_ok=True)
+    os.mkfifo(tmp_path / 'raw' / name)
+    episodes = list_episodes(dict(what='clips', root=str(tmp_path / 'raw'), episodes=0))
+    assert [why for why in map(why_broken, episodes) if 'a pipe or a device' in why]
+
+
+@pytest.mark.parametrize('actions', [np.zeros((9, 2), complex), np.zeros((9, 2), 'M8[s]'), np.full((9, 2), '1'),
+                                     np.float32(3), np.full((9, 2), 1e300)], ids=lambda actions: actions.dtype.str)
+def test_actions_that_are_no_numbers_are_seen(actions, tmp_path):
+    (tmp_path / 'raw').mkdir()
+    write_video(str(tmp_path / 'raw' / 'a.mp4'), film(9))
+    np.save(tmp_path / 'raw' / 'a.npy', actions)
+    assert why_broken(list_episodes(dict(what='clips', root=str(tmp_path / 'raw'), episodes=0))[0])
 
 
 def channels_first(path):
@@ -284,6 +362,22 @@ def test_actions_may_have_a_line_of_names_or_a_spreadsheets_mark(tmp_path):
     (tmp_path / 'mark.csv').write_bytes(b'\xef\xbb\xbf' + plain.read_bytes())
     for name in ('plain', 'names', 'mark'):
         assert read_actions(str(tmp_path / f'{name}.csv')).tolist() == [[1, 2], [3, 4]]
+
+
+def test_a_picture_of_another_shape_is_stretched_padded_or_cropped():
+    frame = np.zeros((20, 40, 3), np.uint8) + np.uint8([10, 20, 30])
+    frame[:, 20:] = 200
+    for how, columns in (('stretch', [10, 200]), ('crop', [10, 200]), ('pad', [10, 200])):
+        small = resize(frame, (16, 16), how)
+        assert small.shape == (3, 16, 16) and small[0, 8, [0, 15]].tolist() == columns, how
+    assert (resize(frame, (16, 16))[0, :, 0] == 10).all()
+    padded = resize(frame, (16, 16), 'pad')[0]
+    assert (padded[:4] == 0).all() and (padded[4:12] > 0).all() and (padded[12:] == 0).all()  # twice as wide as high
+    frame[:, :10] = frame[:, 30:] = 255
+    assert (resize(frame, (16, 16), 'crop') < 255).all()  # what was left and right of the middle is gone
+    for shape, size in (((7, 300), (16, 8)), ((300, 7), (8, 16)), ((1, 1000), (8, 8))):
+        for how in ('stretch', 'pad', 'crop'):
+            assert resize(np.full((*shape, 3), 9, np.uint8), size, how).shape == (3, *size)
 
 
 @pytest.mark.parametrize('turn', ['90', '180', '270'])

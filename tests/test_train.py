@@ -202,10 +202,10 @@ def test_sample_writes_a_video_of_any_length(trained, tmp_path):
     np.save(npy, np.random.default_rng(0).uniform(-0.1, 0.1, (6, 2)))
     run('sample.py', f'--ckpt={trained}', f'--out={gif}', f'--actions={npy}', '--num_clips=2')
     with Image.open(gif) as image:
-        assert image.n_frames == 6
+        assert image.n_frames == 7
     np.save(npy, np.zeros((6, 3)))
     said = error('sample.py', f'--ckpt={trained}', f'--actions={npy}')
-    assert 'has shape [6, 3]: expected [1 * num_frames, 2]' in said
+    assert 'has shape [6, 3]: expected [1 * steps, 2]' in said
     if pytest.importorskip('imageio_ffmpeg'):
         run('sample.py', f'--ckpt={trained}', f'--out={mp4}', '--num_frames=3', '--num_clips=1')
         assert os.path.getsize(mp4) > 500
