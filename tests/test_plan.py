@@ -10,11 +10,12 @@ import torch
 from conftest import TRAIN, error, inline, run
 
 import trials
+from cem import OBJECTIVES, Agent, cem
 from configurator import UserError
 from envs import make_world
-from plan import METHODS, OBJECTIVES, Agent, Planner, cem, choose, plan_actions
+from plan import Planner, plan_actions
 from run import load_run
-from trials import act, draw_episodes, wilson
+from trials import METHODS, act, choose, draw_episodes, wilson
 
 SMALL = dict(candidates=8, elites=2, iterations=2, horizon=3, execute=2)
 PLAN = ['plan.py', '--device=cpu', '--num_episodes=2', '--goal_steps=4', '--num_films=1',
@@ -222,7 +223,7 @@ def test_vary_makes_a_row_for_each_value(planned, tmp_path):
 # mistakes
 
 @pytest.mark.parametrize('option, said', [
-    ('--goals=some', "goals='some': expected recorded or random"),
+    ('--goals=some', "goals='some': expected one of recorded, random"),
     ('--objective=lpips', "objective='lpips': expected one of pixels, blur, features"),
     ('--look_at=first', "look_at='first': expected one of last, all"),
     ('--elites=9', 'elites=9: expected at most candidates=8'),
