@@ -118,12 +118,11 @@ def test_a_chunk_has_the_frames_actions_and_states_of_its_steps(wall):
     assert [len(chunk['state']) for chunk in chunks] == [6, 20]
     for chunk in chunks:
         assert list(chunk) == recorded.column_names
-        world.reset(0)
-        for picture, action, state, after in zip(chunk['pixels'], chunk['action'], chunk['state'],
-                                                 chunk['state'][1:], strict=False):
-            world.set_state(state)
-            assert (world.render(16) == picture.numpy()).all()
-            world.step(action)
+        pixels, actions, states = (chunk[name].numpy() for name in recorded.column_names)
+        for i, after in enumerate(states[1:]):
+            world.set_state(states[i])
+            assert (world.render(16) == pixels[i]).all()
+            world.step(actions[i])
             assert np.allclose(world.get_state(), after)
 
 

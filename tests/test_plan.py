@@ -244,14 +244,16 @@ def test_a_goal_of_the_wrong_size_is_refused(opened, frames):
         plan_actions(*opened[:2], frames[0].astype(np.float32), frames[1], opened[2])
 
 
-def test_a_world_without_a_simulator_is_refused(planned, wall, tmp_path):
-    shutil.copytree(wall, tmp_path / 'real')
-    with open(tmp_path / 'real/meta.json', 'r+') as f:
-        meta = json.load(f) | {'what': 'rt1'}
+@pytest.mark.parametrize('what', ['rt1', 'doom'])  # no simulator, and one where nothing is a goal
+def test_a_world_in_which_no_goal_can_be_reached_is_refused(planned, wall, tmp_path, what):
+    shutil.copytree(wall, tmp_path / 'data')
+    with open(tmp_path / 'data/meta.json', 'r+') as f:
+        meta = json.load(f) | {'what': what}
         f.seek(0)
         json.dump(meta, f)
         f.truncate()
-    assert 'is of rt1, which has no simulator' in error(*planned[0], f'--dataset={tmp_path}/real')
+    said = error(*planned[0], f'--dataset={tmp_path}/data')
+    assert f'is of {what}, which has no simulator with goals: expected one of wall, pusht' in said
 
 
 def test_a_model_without_actions_is_refused(opened, frames):
