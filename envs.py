@@ -271,25 +271,24 @@ class StableWorld:
 
     Pictures are made smaller as its World makes them, so that its pictures and ours are the same.
     """
-    steps, episodes = 100, 500
-    image_size = 64
     action_dim = 2
+    resolution = {}  # of its picture, as the simulator takes it
+    resample = 'bilinear'  # how the picture is made smaller
 
     def __init__(self):
         os.environ.setdefault('SDL_VIDEODRIVER', 'dummy')
+        os.environ.setdefault('PYGAME_HIDE_SUPPORT_PROMPT', '1')
         try:
             import gymnasium
             import stable_worldmodel  # noqa: F401
-        except ImportError as e:
+        except (ImportError, RuntimeError) as e:  # RuntimeError: a torchvision made for another torch
             raise UserError(f'{self.name} needs its simulator: pip install stable-worldmodel==0.1.1 '
                             f'opencv-python-headless imageio pymunk pygame shapely ({e})') from e
-        self.env = gymnasium.make(self.name, disable_env_checker=True).unwrapped
-
-    def reset(self, seed):
-        self.env.reset(seed=int(seed))
+        self.env = gymnasium.make(self.name, disable_env_checker=True, **self.resolution).unwrapped
 
     def render(self, size):
-        frame = Image.fromarray(self.env.render()).resize((size, size), Image.BILINEAR)
+        how = Image.Resampling[self.resample.upper()]
+        frame = Image.fromarray(self.env.render()).resize((size, size), how)
         return np.ascontiguousarray(np.asarray(frame).transpose(2, 0, 1))
 
 
@@ -299,9 +298,18 @@ class TwoRoom(StableWorld):
     An action is a direction and a speed, of at most 1 along each axis, which is 5 pixels.
     """
     about = 'two rooms, simulated by stable-worldmodel'
-    name = 'swm/TwoRoom-v1'
+    steps, episodes = 100, 500
+    image_size = 64
     KEYS = {'ArrowLeft': [-0.8, 0], 'ArrowRight': [0.8, 0], 'ArrowUp': [0, -0.8], 'ArrowDown': [0, 0.8]}
-    state_column = 'proprio'  # what it calls a state in a dataset
+    name = 'swm/TwoRoom-v1'
+    state_column = 'proprio'  # of its datasets
+
+    def reset(self, seed):
+        self.env.reset(seed=int(seed))
+
+    def their_state(self):
+        """As state_column has it."""
+        return self.get_state()
 
     def get_state(self):
         return self.env.agent_position.numpy().astype(np.float64)
@@ -316,19 +324,12 @@ class TwoRoom(StableWorld):
         return bool(np.abs(self.get_state() - wanted).max() > 1e-3)
 
     def explore(self, rng):
-        """Its expert's way to a target, and to another when there, with noise: there is more than straight lines."""
+        """Its expert's way to a target, with so much noise that a quarter of the judge's goals are where they start."""
         from stable_worldmodel.envs.two_room.expert_policy import ExpertPolicy
-        arrived = self.distance(self.get_state(), self.env.target_position.numpy()) < 0.5
-        if arrived or rng.random() < 0.02:
-            target = self.random_goal(rng)
-            if rng.random() < 0.5:
-                target[0] = 224 - target[0]  # in this room
-            self.env._set_goal_state(target)
         expert = ExpertPolicy()
         expert.set_env(self.env)
         info = dict(state=self.get_state(), goal_state=self.env.target_position.numpy())
-        action = expert.get_action(info) * rng.uniform(0.5, 1) + rng.normal(0, 0.4, 2)
-        return np.clip(action, -1, 1).astype(np.float32)
+        return np.clip(expert.get_action(info) + rng.normal(0, 2, 2), -1, 1).astype(np.float32)
 
     def distance(self, state, goal):
         return np.hypot(*(state - goal)) / 16
@@ -341,7 +342,28 @@ class TwoRoom(StableWorld):
         return np.array([x, rng.uniform(25, 199)])
 
 
-WORLDS = {'wall': Wall, 'pusht': PushT, 'two_room': TwoRoom, 'doom': Doom}
+class StablePushT(StableWorld, PushT):
+    """PushT in the same physics and pictures, so that a model of one knows the other; only, an action may lead out."""
+    about = 'PushT, simulated by stable-worldmodel'
+    name = 'swm/PushT-v1'
+    resolution, resample = {'resolution': 512}, 'box'  # as PushT's
+    state_column = 'state'
+
+    def their_state(self):
+        agent_x, agent_y, *velocity, x, y, angle = self.get_state()[:7]
+        return np.array([agent_x, agent_y, x, y, angle % (2 * np.pi), *velocity])
+
+    def step(self, action):
+        self.env.step(np.asarray(action, dtype=np.float64))
+        return self.env.n_contact_points > 0
+
+    def explore(self, rng):
+        position = np.array(self.env.agent.position)
+        target = np.clip(position + 100 * super().explore(rng), 15, 497)  # where PushT.step would send it
+        return ((target - position) / 100).astype(np.float32)
+
+
+WORLDS = {'wall': Wall, 'pusht': PushT, 'two_room': TwoRoom, 'swm_pusht': StablePushT, 'doom': Doom}
 
 
 def make_world(name):

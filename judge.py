@@ -40,19 +40,19 @@ class CostModel(nn.Module):
         info: 'pixels' and 'goal' uint8 [B,S,1,H,W,3], the same for all S.
         """
         agent, costs = self.agent, []
-        for frames, goals, actions in zip(info['pixels'], info['goal'], candidates, strict=True):
-            frame, goal = (x[0, 0].permute(2, 0, 1).contiguous().numpy() for x in (frames, goals))
+        actions = candidates.cpu().clamp(agent.low, agent.high)  # its planner knows no bounds
+        for frames, goals, some in zip(info['pixels'], info['goal'], actions, strict=True):
+            frame, goal = (x[0, 0].permute(2, 0, 1).cpu().numpy() for x in (frames, goals))
             imagine = agent.dream(frame, torch.Generator().manual_seed(0))
-            actions = actions.clamp(agent.low, agent.high)  # its planner knows no bounds
-            costs.append(agent.cost(imagine, goal)(actions))
-        return torch.stack(costs)
+            costs.append(agent.cost(imagine, goal)(some))
+        return torch.stack(costs).to(candidates.device)
 
 
 class Scaler:
     """Between the actions of its simulator and those of its planner, which are standardised."""
 
     def __init__(self, agent):
-        self.mean, self.std = agent.mean, agent.std
+        self.mean, self.std = agent.mean.numpy(), agent.std.numpy()
 
     def transform(self, actions):
         return (actions - self.mean) / self.std
@@ -78,8 +78,8 @@ class Recorded:
             rows = slice(first + start, first + end)
             states = self.play(episode, self.clips.actions[first:first + end])
             chunks.append({
-                'pixels': torch.from_numpy(self.clips.frames[rows]),  # [T,3,H,W]
-                'action': torch.from_numpy(self.clips.actions[rows]),
+                'pixels': torch.from_numpy(np.array(self.clips.frames[rows])),  # [T,3,H,W]
+                'action': torch.from_numpy(np.array(self.clips.actions[rows])),
                 self.world.state_column: torch.from_numpy(states[start:]),
             })
         return chunks
@@ -89,19 +89,29 @@ class Recorded:
         states = []
         self.world.reset(self.first_seed + episode)
         for action in actions:
-            states.append(self.world.get_state())
+            states.append(self.world.their_state())
             self.world.step(action)
         return np.stack(states)
 
 
-def policies(agent):
-    """{label: its policy}: our plans by its planner, and what needs no plan."""
+def policies(agent, recorded):
+    """{label: its policy}: our plans by its planner, and what needs no plan.
+
+    recorded [T,N,A]: the actions that led from the starts to the goals.
+    """
     from stable_worldmodel.policy import BasePolicy, PlanConfig, RandomPolicy, WorldModelPolicy
     from stable_worldmodel.solver import CEMSolver
 
-    class StandStill(BasePolicy):
+    class Replay(BasePolicy):
+        """Given actions [T,N,A], and rest after them."""
+
+        def __init__(self, actions):
+            super().__init__()
+            self.actions = iter(actions)
+
         def get_action(self, info, **options):
-            return np.zeros(self.env.action_space.shape, np.float32)
+            rest = np.zeros(self.env.action_space.shape, np.float32)
+            return next(self.actions, rest)
 
     planner = agent.planner
     solver = CEMSolver(CostModel(agent), num_samples=planner.candidates, n_steps=planner.iterations,
@@ -109,29 +119,34 @@ def policies(agent):
     config = PlanConfig(planner.horizon, planner.execute, action_block=agent.interval)
     return {
         'plan in the dream': WorldModelPolicy(solver, config, process={'action': Scaler(agent)}),
+        'the recorded actions': Replay(recorded),
         'random actions': RandomPolicy(seed=0),
-        'stand still': StandStill(),
+        'stand still': Replay([]),
     }
 
 
 def score(agent, what, settings):
     """Let it judge: prints a table, and leaves it as judge.md and judge.json. Raises UserError."""
-    if not issubclass(envs.WORLDS[what], envs.StableWorld):
-        raise UserError(f'{what} is no world of stable-worldmodel: the judge knows two_room')
+    known = [name for name, world in envs.WORLDS.items() if issubclass(world, envs.StableWorld)]
+    if what not in known:
+        raise UserError(f'the judge has no {what}: it takes episodes of {" or ".join(known)} '
+                        '(a model of pusht: python data.py swm_pusht, and --dataset=data/swm_pusht)')
     world = envs.make_world(what)
     from stable_worldmodel import World
     clips = Clips(os.path.dirname(agent.recorded.folder), 'val', GOAL_OFFSET + 1)
     chosen, _ = clips.first_rows(clips.fixed(settings['num_episodes'], settings['seed']))
     episodes = np.searchsorted(clips.episodes, chosen, side='right') - 1
     starts = chosen - clips.episodes[episodes]
+    actions = clips.actions[chosen + np.arange(GOAL_OFFSET)[:, None]]
     state = world.state_column
     setters = [{'method': '_set_state', 'args': {'state': {'value': state}}},
                {'method': '_set_goal_state', 'args': {'goal_state': {'value': f'goal_{state}'}}}]
 
     rows = {'': ['reached, % [95 % interval]', 'episodes', 's an episode']}
     results = {}
-    for label, policy in policies(agent).items():
-        judge = World(world.name, num_envs=len(chosen), image_shape=agent.size)
+    for label, policy in policies(agent, actions).items():
+        judge = World(world.name, num_envs=len(chosen), image_shape=agent.size,
+                      image_resample=world.resample, **world.resolution)
         judge.set_policy(policy)
         start = time.perf_counter()
         with contextlib.redirect_stdout(io.StringIO()):  # it prints a line for each plan

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from cem import cem
+from configurator import UserError
 from evaluate import markdown
 from pictures import side_by_side, to_pixels
 
@@ -91,6 +93,79 @@ def act(choose, agent, world, episode, film=None):
                 return steps if reached else None
         mean = torch.cat([plan[execute:], torch.zeros_like(plan[:execute])])
 
+
+# -----------------------------------------------------------------------------
+# the planner and those it has to beat
+
+METHODS = {
+    'plan': 'plan in the dream',
+    'simulator': 'plan in the true simulator',
+    'wrong': 'plan, told wrong actions',
+    'recorded': 'best recorded actions',
+    'random': 'random actions',
+    'still': 'stand still',
+}
+
+
+def choose(method, agent, world, episode, generator, mean=None):
+    """A plan by one of METHODS, standardised [horizon,interval*A], and the function that dreams it.
+
+    mean: where cem begins.
+    """
+    planner = agent.planner
+    imagine = agent.dream(world.render(agent.size[0]), generator)
+    if method == 'simulator':
+        imagine = agent.simulate(world)
+    cost = agent.cost(imagine, episode.picture)
+
+    def cost_of_another(actions):
+        return cost(actions.roll(1, dims=0))
+
+    if method == 'still':
+        plan = agent.standardised(np.zeros(world.action_dim, np.float32)).repeat(planner.horizon, 1)
+    elif method == 'random':
+        plan = torch.randn(planner.horizon, len(agent.low), generator=generator)
+        plan = plan.clamp(agent.low, agent.high)
+    elif method == 'recorded':  # as many as cem would try
+        count = planner.candidates * planner.iterations
+        draws = torch.randint(len(agent.recorded), (count,), generator=generator)
+        _, candidates = agent.recorded.batch(draws.numpy())
+        plan = candidates[cost(candidates).argmin()]
+    elif method == 'wrong':
+        plan = cem(cost_of_another, planner, agent.low, agent.high, generator, mean)
+    else:
+        plan = cem(cost, planner, agent.low, agent.high, generator, mean)
+    return plan, imagine
+
+
+def arms(vary, kinds):
+    """{label: {option of the planner: value}}: two for 'candidates=32,128 iterations=16,4'.
+
+    kinds: {option: its type}. Raises UserError.
+    """
+    columns = {}
+    for column in vary.split():
+        key, _, values = column.partition('=')
+        if kinds.get(key) not in (int, float, str):
+            raise UserError(f'vary={vary}: expected settings of the planner, like num_steps=1,2,4')
+        try:
+            columns[key] = [kinds[key](value) for value in values.split(',')]
+        except ValueError as e:
+            raise UserError(f'vary={vary}: {e}') from e
+    try:
+        combinations = list(zip(*columns.values(), strict=True))
+    except ValueError as e:
+        raise UserError(f'vary={vary}: expected as many values of each') from e
+    rows = {}
+    for values in combinations:
+        changed = dict(zip(columns, values, strict=True))
+        label = ', '.join(f'{key}={value}' for key, value in changed.items())
+        rows[label] = changed
+    return rows
+
+
+# -----------------------------------------------------------------------------
+# what is shown
 
 def picture_of(world, agent):
     return world.render(agent.size[0]).transpose(1, 2, 0)

@@ -7,7 +7,8 @@ from doom import Doom
 from envs import WORLDS, Wall, make_world
 
 # packages that may be absent
-SIMULATORS = {'pusht': 'gym_pusht', 'two_room': 'stable_worldmodel', 'doom': 'vizdoom'}
+SIMULATORS = {'pusht': 'gym_pusht', 'two_room': 'stable_worldmodel',
+              'swm_pusht': 'stable_worldmodel', 'doom': 'vizdoom'}
 
 
 @pytest.fixture(params=WORLDS)

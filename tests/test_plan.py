@@ -10,11 +10,12 @@ import torch
 from conftest import TRAIN, error, inline, run
 
 import trials
+from cem import OBJECTIVES, Agent, cem
 from configurator import UserError
 from envs import make_world
-from plan import METHODS, OBJECTIVES, Agent, Planner, cem, choose, plan_actions
+from plan import Planner, plan_actions
 from run import load_run
-from trials import act, draw_episodes, wilson
+from trials import METHODS, act, choose, draw_episodes, wilson
 
 SMALL = dict(candidates=8, elites=2, iterations=2, horizon=3, execute=2)
 PLAN = ['plan.py', '--device=cpu', '--num_episodes=2', '--goal_steps=4', '--num_films=1',
@@ -222,7 +223,7 @@ def test_vary_makes_a_row_for_each_value(planned, tmp_path):
 # mistakes
 
 @pytest.mark.parametrize('option, said', [
-    ('--goals=some', "goals='some': expected recorded or random"),
+    ('--goals=some', "goals='some': expected one of recorded, random"),
     ('--objective=lpips', "objective='lpips': expected one of pixels, blur, features"),
     ('--look_at=first', "look_at='first': expected one of last, all"),
     ('--elites=9', 'elites=9: expected at most candidates=8'),
@@ -243,14 +244,16 @@ def test_a_goal_of_the_wrong_size_is_refused(opened, frames):
         plan_actions(*opened[:2], frames[0].astype(np.float32), frames[1], opened[2])
 
 
-def test_a_world_without_a_simulator_is_refused(planned, wall, tmp_path):
-    shutil.copytree(wall, tmp_path / 'real')
-    with open(tmp_path / 'real/meta.json', 'r+') as f:
-        meta = json.load(f) | {'what': 'rt1'}
+@pytest.mark.parametrize('what', ['rt1', 'doom'])  # no simulator, and one where nothing is a goal
+def test_a_world_in_which_no_goal_can_be_reached_is_refused(planned, wall, tmp_path, what):
+    shutil.copytree(wall, tmp_path / 'data')
+    with open(tmp_path / 'data/meta.json', 'r+') as f:
+        meta = json.load(f) | {'what': what}
         f.seek(0)
         json.dump(meta, f)
         f.truncate()
-    assert 'is of rt1, which has no simulator' in error(*planned[0], f'--dataset={tmp_path}/real')
+    said = error(*planned[0], f'--dataset={tmp_path}/data')
+    assert f'is of {what}, which has no simulator with goals: expected one of wall, pusht' in said
 
 
 def test_a_model_without_actions_is_refused(opened, frames):
