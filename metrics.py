@@ -3,6 +3,7 @@
 Frames are [...,C,H,W] in [0, 1]. Nothing is downloaded: a network whose weights are absent is left
 out, and the command that fetches them is named.
 """
+import math
 import os
 import re
 from functools import partial
@@ -72,6 +73,8 @@ def frechet(a, b):
     singular values of R_a R_b' where A = R_a' R_a: no root of a singular matrix, quick while N < d.
     """
     a, b = a.double(), b.double()
+    if not torch.isfinite(torch.cat([a, b])).all():
+        return math.nan
     R_a = torch.linalg.qr((a - a.mean(dim=0)) / (len(a) - 1) ** 0.5).R
     R_b = torch.linalg.qr((b - b.mean(dim=0)) / (len(b) - 1) ** 0.5).R
     between = (a.mean(dim=0) - b.mean(dim=0)).square().sum()

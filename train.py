@@ -30,12 +30,13 @@ from checkpoint import (
     save_checkpoint,
     training_state,
 )
-from configurator import UserError, check_context, configure
+from configurator import UserError, check_choices, check_context, configure
 from data import Clips, random_dataset, to_model
 from diffusion import Diffusion
 from evaluate import evaluate, summarise
 from logger import Logger
 from machine import RANK, RESTARTS, WORLD_SIZE
+from metrics import NETWORKS, load_networks
 from model import build_model
 from pictures import contact_sheet, to_pixels, write_picture
 from run import make_folder
@@ -102,6 +103,7 @@ latest_every = 1000  # replace latest.safetensors [>= 1]
 keep_every = 10000  # and keep a numbered one; 0 is never [>= 0]
 num_val_clips = 64  # [>= 1]
 metrics_every = 0  # evaluate.py's PSNR, SSIM and right-wrong gap; 0 is never [>= 0]
+metrics = ''  # besides these: some of lpips,fid,fvd, where their weights are
 num_metric_clips = 16  # [>= 2]
 sample_steps = 50  # denoising steps per dreamed frame [>= 1]
 wandb = False  # log to Weights & Biases too
@@ -109,6 +111,7 @@ wandb_project = 'nanowm'
 # ------------------------------------------------------------------------------
 config = configure(globals())
 check_context(context_frames, num_frames)
+wanted = check_choices('metrics', metrics, NETWORKS)
 
 # setup: the machine
 master = RANK == 0
@@ -141,8 +144,13 @@ if frame_shape[0] != 3 and real_data:  # only pictures and metrics need the deco
         if master:
             print(f'no pictures of dreams and no metrics: {e}')
 metric_clips = val_clips.fixed(num_metric_clips)
-if metrics_every and can_look:
-    val_clips.pixels(metric_clips)  # fail now, not after an hour, if they are missing
+networks = {}
+if metrics_every and can_look:  # what is missing is said now, not after an hour
+    frame_size = val_clips.pixels(metric_clips[:1]).shape[-2:]
+    networks, absent = load_networks(wanted, device, frame_size, num_frames - context_frames)
+    for name, why in absent.items():
+        if master:
+            print(f'no {name.upper()}: {why}')
 
 # setup: the model, its average, and the optimizer
 model = build_model(config, frame_shape, train_clips.action_dim)
@@ -359,8 +367,9 @@ while step < max_steps and not stop:
                 write_picture(os.path.join(out_dir, f'dream_{step:07d}.png'), picture)
     if due(metrics_every) and can_look:
         scores = evaluate(ema, diffusion, val_clips, metric_clips, context_frames, sample_steps,
-                          vae=decoder, dtype=dtype)
-        logger.log(step, **summarise(scores)['means'])
+                          vae=decoder, networks=networks, dtype=dtype)
+        if master:
+            logger.log(step, **summarise(scores)['means'])
     clock, since = time.perf_counter(), step
 
 bar.close()

@@ -10,4 +10,5 @@ normalize_action = False
 model_size = 'L'
 batch_size = 6
 learning_rate = 1e-5
+metrics = 'lpips,fid,fvd'  # 12 frames are enough for FVD
 sample_steps = 50  # a rollout has 12 frames to dream

@@ -16,4 +16,6 @@ gradient_clip_start = 20_000
 compile = True
 num_val_clips = 256
 metrics_every = 5000
+metrics = 'lpips,fid'
+num_metric_clips = 64  # metrics are 2.7 % of the run's FLOPs so (docs/scale.md)
 sample_steps = 250

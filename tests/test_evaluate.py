@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 import torch
 from conftest import TRAIN, error, inline, run
+from test_metrics import I3D
 
 from evaluate import evaluate, suffix_for, summarise, table
+from metrics import WEIGHTS, frechet
 from run import held_out, load_run
 
 
@@ -104,9 +106,34 @@ def test_evaluate_gives_the_distances_whose_network_is_there(trained):
     assert '| FVD |' in table('run', results['means'], results['intervals'])
 
 
+def test_a_frame_that_is_not_a_number_makes_a_distance_that_is_none():
+    assert np.isnan(frechet(torch.full((4, 3), torch.nan), torch.rand(4, 3)))
+
+
+def logged_metrics(folder):
+    with open(folder / 'log.jsonl') as f:
+        return [line for line in map(json.loads, f) if 'gap_psnr' in line]
+
+
+def test_training_logs_distances_alike_on_any_number_of_processes(wall, tmp_path, monkeypatch):
+    weights = tmp_path / 'hub' / 'checkpoints' / WEIGHTS['i3d'][0]
+    weights.parent.mkdir(parents=True)
+    torch.jit.script(I3D()).save(weights)
+    monkeypatch.setenv('TORCH_HOME', str(tmp_path))
+    options = [*TRAIN, f'--dataset={wall}', '--num_frames=11', '--max_steps=1', '--metrics_every=1',
+               '--metrics=lpips,fvd', '--num_metric_clips=6', '--sample_steps=1', '--val_every=0']
+    printed = inline(*options, '--batch_size=4', f'--out_dir={tmp_path}/one')
+    assert printed.count('no LPIPS: ') == 1 and 'no FVD' not in printed  # named once, with its cure
+    assert 'pip install' in printed or 'curl -L' in printed
+    run('-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', *options, '--batch_size=2',
+        f'--out_dir={tmp_path}/two')
+    (one,), (two,) = logged_metrics(tmp_path / 'one'), logged_metrics(tmp_path / 'two')
+    assert {'fvd', 'copy_fvd', 'wrong_fvd', 'psnr'} <= one.keys() == two.keys()
+    assert all(two[key] == pytest.approx(one[key], rel=1e-3, abs=1e-5) for key in one)
+
+
 def test_training_logs_the_metrics(wall, tmp_path):
     inline(*TRAIN, f'--dataset={wall}', f'--out_dir={tmp_path}', '--max_steps=2', '--metrics_every=1')
-    with open(tmp_path / 'log.jsonl') as f:
-        logged = [line for line in map(json.loads, f) if 'gap_psnr' in line]
+    logged = logged_metrics(tmp_path)
     assert [line['step'] for line in logged] == [1, 2]
     assert {'psnr', 'ssim', 'wrong_ssim'} <= logged[0].keys()
