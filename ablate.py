@@ -28,15 +28,23 @@ from machine import under_results, write_whole
 from metrics import interval
 from model import INJECTIONS
 from pictures import plot
+from run import make_folder
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 STEPS_KEYS = ('psnr', 'ssim', 'gap_psnr')  # what the steps axis shows
 
 
+def words(key, text):
+    """'--a=1 --b=2' -> ['--a=1', '--b=2'], quoted as in a shell. Raises UserError."""
+    try:
+        return shlex.split(text)
+    except ValueError as e:
+        raise UserError(f'{key}={text!r}: {e}') from e
+
 
 def call(script, *options):
     """Run train.py or evaluate.py; Ctrl-C and SIGTERM are passed on, so that a training saves."""
-    command = [*(shlex.split(launch) or [sys.executable]), os.path.join(HERE, script), *options]
+    command = [*(launch or [sys.executable]), os.path.join(HERE, script), *options]
     # in a session of its own: otherwise the terminal's Ctrl-C would reach it twice
     child = subprocess.Popen(command, start_new_session=True)
     received = []
@@ -62,18 +70,17 @@ def train(folder, options):
         return
     resume = os.path.exists(f'{folder}/latest.safetensors')
     options = [f'--{key}={value}' for key, value in options.items()]
-    call('train.py', base, *options, *shlex.split(train_options),
-         f'--out_dir={folder}', f'--resume={resume}')
+    call('train.py', base, *options, *train_options, f'--out_dir={folder}', f'--resume={resume}')
 
 
 def measure(ckpt, folder, *options):
     """The metrics.json in `folder`, after evaluating the arm if there is none."""
     path = f'{folder}/metrics.json'
     if not os.path.exists(path):
-        call('evaluate.py', f'--ckpt={ckpt}', f'--out_dir={folder}', *options,
-             *shlex.split(eval_options))
+        call('evaluate.py', f'--ckpt={ckpt}', f'--out_dir={folder}', *options, *eval_options)
     with open(path) as f:
         return json.load(f)
+
 
 def resampled(runs, solver, n):
     """The metrics of trained arms with another solver and n steps a frame."""
@@ -201,6 +208,8 @@ if __name__ == '__main__':
     configure(globals(), argv=argv)
     seeds, steps = numbers('seeds', seeds, 0), sorted(numbers('steps', steps, 1))
     solvers = check_choices('solvers', solvers, SOLVERS) or list(SOLVERS)
+    launch, train_options = words('launch', launch), words('train_options', train_options)
+    eval_options = words('eval_options', eval_options)
     out_dir = os.path.abspath(under_results(out_dir))
 
     # the arm that the axes share: what the base says, and where it says nothing this
@@ -227,6 +236,9 @@ if __name__ == '__main__':
     check_choice('axis', axis, [*axes, 'steps'])
     varied = 'target' if axis == 'steps' else axis
     values = check_choices('only', only, axes[varied]) or list(axes[varied])
+
+    for folder in (out_dir, results_dir):
+        make_folder(folder)
 
     # train and evaluate
     arms = {value: [] for value in values}  # {value: runs}
@@ -262,7 +274,6 @@ Intervals: 95 %, bootstrap over the clips, each averaged over the seeds. Evaluat
     python ablate.py {shlex.join(sys.argv[1:])}
 """
     path = f'{results_dir}/{axis}_{base_name}'
-    os.makedirs(results_dir, exist_ok=True)
     write_whole(f'{path}.md', text)
     if axis == 'steps':
         plot(f'{path}.png', panels, steps, 'denoising steps a frame', log_ticks=True)

@@ -17,11 +17,12 @@ from functools import partial
 import numpy as np
 import torch
 
-from configurator import check_choice, check_context, configure
+from configurator import UserError, check_choice, check_context, configure
 from data import Clips, random_dataset, to_model
 from diffusion import Diffusion
 from machine import autocast, matmul_rate, name_of, pick_device, pick_dtype, seconds, under_results, write_whole
 from model import build_model
+from run import make_folder
 
 
 def forward_flops(model):
@@ -117,6 +118,10 @@ if __name__ == '__main__':
     # --------------------------------------------------------------------------
     settings = configure(globals(), strict=False)
     check_choice('mode', mode, ('train', 'rollout', 'data', 'all'))
+    out = under_results(out)
+    make_folder(os.path.dirname(out) or '.')
+    if os.path.isdir(out):
+        raise UserError(f'out={out} is a folder: expected a file to write')
     rollout_frames = rollout_frames or num_frames
     check_context(context_frames, rollout_frames)
     device = pick_device(device)
@@ -205,7 +210,5 @@ if __name__ == '__main__':
         peak = torch.cuda.max_memory_allocated()
     report('peak_memory', peak / 2 ** 30, 'GiB')
 
-    out = under_results(out)
-    os.makedirs(os.path.dirname(out) or '.', exist_ok=True)
     write_whole(out, json.dumps(result, indent=1))
     print(out)

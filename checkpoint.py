@@ -71,6 +71,18 @@ def read_safetensors(path, train):
         return {name: f.get_tensor(key) for name, key in names.items()}, config, meta
 
 
+def read_meta(path):
+    """What train.py noted beside the tensors of a checkpoint file. Raises UserError."""
+    meta = {}
+    if path.endswith('.safetensors'):
+        with refusing(path, 'safetensors'), safe_open(path, 'pt') as f:
+            meta = json.loads((f.metadata() or {}).get('meta', '{}'))
+    if not isinstance(meta, dict) or not isinstance(meta.get('train'), dict):
+        raise UserError(f'{path} was not written by train.py: '
+                        'start from it with --init_from, not --resume')
+    return meta
+
+
 def read_pickle(path):
     """The model's {name: tensor} in what torch.save wrote: the whole, or one of its entries."""
     tree = read_torch(path)
@@ -226,8 +238,8 @@ def restore_training(path, model, ema, optimizer):
     Raises UserError.
     """
     state, _, meta = read_checkpoint(path, train=True)
-    for key in ('step', 'scaler'):
-        if key not in meta:
+    for key, kind in (('step', int), ('scaler', dict)):
+        if not isinstance(meta.get(key), kind):
             raise UserError(f'{path}: its metadata lacks {key}; use an earlier checkpoint')
     prefix = 'train.model.'
     average = {name: x for name, x in state.items() if not name.startswith('train.')}
@@ -245,6 +257,8 @@ def restore_training(path, model, ema, optimizer):
             if i >= len(names) or x.ndim and x.shape != shapes[names[i]]:
                 raise UserError(f'{path} does not fit this optimizer: {key} is {tuple(x.shape)}')
             moments[names[i]][kind] = x
+    if not any(moments.values()) and meta['step'] > 0:
+        raise UserError(f'{path} holds no optimizer state: start from it with --init_from')
     if any(moments.values()):
         restored = get_optimizer_state_dict(model, optimizer)  # its settings stay as they are
         restored['state'] = moments
@@ -283,7 +297,7 @@ def find(path):
         return path
     elif re.fullmatch(r'(?!out/)[\w-][\w.-]*/[\w.-]+', path) and not path.endswith(SUFFIXES):
         return hub_file(path)
-    raise UserError(f'no checkpoint at {path}: train one with python train.py, or check --ckpt')
+    raise UserError(f'no checkpoint at {path}: train one with python train.py, or check the path')
 
 
 def hub_file(repo_id, suffixes=SUFFIXES):

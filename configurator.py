@@ -6,6 +6,7 @@ line of dashes, each with a comment:
     # settings ---------------------------------------------------
     batch_size = 8  # clips per step [>= 1]
     noise_schedule: str = None  # None is not set, and needs the annotation
+    resume: bool | str = False  # one or the other
     # ------------------------------------------------------------
     config = configure(globals())
 
@@ -16,6 +17,7 @@ against.
 import ast
 import difflib
 import importlib
+import math
 import os
 import re
 import runpy
@@ -26,7 +28,7 @@ from typing import Any
 
 BLOCK = re.compile(r'# settings -+\n(.*?)\n *# -{20,}', re.DOTALL)
 BOUND = r'\[((?:>=? |\S+ to )\S+)\]'
-SETTING = re.compile(rf' *(\w+)(?:: (\w+))? = (.+?)(?:  # (.*?(?:{BOUND})?))?')
+SETTING = re.compile(rf' *(\w+)(?:: (\w+(?: \| \w+)?))? = (.+?)(?:  # (.*?(?:{BOUND})?))?')
 
 
 class UserError(ValueError):
@@ -43,10 +45,12 @@ def check_choice(name, value, known):
 
 
 def check_choices(name, text, known):
-    """'v,x' -> ['v', 'x'] and '' -> []. Raises UserError if one of them is not known."""
+    """'v,x' -> ['v', 'x'] and '' -> []. Raises UserError if one is not known, or there twice."""
     chosen = text.split(',') if text else []
     for value in chosen:
         check_choice(name, value, known)
+    if len(set(chosen)) < len(chosen):
+        raise UserError(f'{name}={text!r}: expected different ones')
     return chosen
 
 
@@ -66,8 +70,8 @@ def extra(module):
 
 
 def print_one_line(kind, error, trace):
-    """For sys.excepthook: no traceback for a mistake of the user's, or for Ctrl-C."""
-    if issubclass(kind, UserError):
+    """For sys.excepthook: no traceback for a mistake of the user's, a disk's fault or Ctrl-C."""
+    if issubclass(kind, (UserError, OSError)):
         print(error, file=sys.stderr)
     elif issubclass(kind, KeyboardInterrupt):
         print('interrupted', file=sys.stderr)
@@ -79,7 +83,7 @@ def print_one_line(kind, error, trace):
 class Setting:
     """One line of a script's settings."""
     default: Any
-    type: str  # int, float, str, bool or tuple
+    type: str  # int, float, str, bool or tuple, or two of them like bool | str
     text: str  # the default as it is written
     comment: str
     bound: str  # '>= 1', '> 0', '0 to 1' or None
@@ -120,6 +124,8 @@ def parse(text, setting):
         return None if setting.default is None and text.lower() == 'none' else text
     if text.lower() in ('true', 'false', 'none'):
         text = text.capitalize()
+    elif setting.type == 'bool | str':
+        return text
     try:
         return ast.literal_eval(text)
     except (ValueError, SyntaxError):
@@ -150,9 +156,11 @@ def checked(key, value, settings, source):
         return None
     if setting.type == 'float' and type(value) is int:
         value = float(value)
-    if type(value).__name__ != setting.type:
+    if type(value).__name__ not in setting.type.split(' | '):
         raise UserError(f'{source}: {key}={value!r} is of the wrong type; '
                         f'expected {setting.type}, like {setting.default!r}')
+    if type(value) is float and not math.isfinite(value):
+        raise UserError(f'{source}: {key}={value!r}: expected a finite number')
     if setting.bound and not within(value, setting.bound):
         raise UserError(f'{source}: {key}={value!r}: expected {setting.bound}')
     return value

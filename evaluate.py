@@ -27,7 +27,6 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from tqdm import tqdm
 
 import envs
@@ -35,7 +34,16 @@ import objects
 import run
 from configurator import UserError, check_choice, check_choices, check_context, configure
 from data import to_model
-from machine import RANK, WORLD_SIZE, autocast, join_processes, leave_processes, name_of, write_whole
+from machine import (
+    RANK,
+    WORLD_SIZE,
+    autocast,
+    gather,
+    join_processes,
+    leave_processes,
+    name_of,
+    write_whole,
+)
 from metrics import DISTANCES, NETWORKS, frechet, interval, load_networks, psnr, ssim
 from pictures import contact_sheet, plot, to_pixels, write_picture
 from sample import dream
@@ -72,9 +80,7 @@ def evaluate(model, diffusion, clips, numbers, num_context, num_steps, **options
     the scores of objects.compare too.
     """
     options = Options(**options)
-    if len(numbers) < 2:
-        raise UserError(f'{len(numbers)} clip to evaluate: expected 2 or more, as the wrong '
-                        "actions are another clip's")
+    check_enough(numbers)
     device = model.pos_embed.device
     metrics = {'psnr': psnr, 'ssim': ssim} | options.networks
 
@@ -114,10 +120,14 @@ def evaluate(model, diffusion, clips, numbers, num_context, num_steps, **options
             scores[name].append(values)
     bar.close()
     scores = {name: torch.cat(parts) for name, parts in scores.items()}
-    shares = [scores] * WORLD_SIZE
-    if WORLD_SIZE > 1:
-        dist.all_gather_object(shares, scores)
+    shares = gather(scores)
     return {name: torch.cat([part[name] for part in shares])[:len(numbers)] for name in scores}
+
+
+def check_enough(numbers):
+    if len(numbers) < 2:
+        raise UserError(f'{len(numbers)} clip to evaluate: expected 2 or more, as the wrong '
+                        "actions are another clip's")
 
 
 def score(predictions, truth, metrics, world=None):
@@ -254,7 +264,7 @@ if __name__ == '__main__':
     num_clips = 256  # fixed held-out clips; the wrong actions are another one's [>= 2]
     num_frames = 0  # clip length; 0 is the model's window [>= 0]
     batch_size = 64  # rollouts at once [>= 1]
-    seed = 42  # of the choice of clips [>= 0]
+    seed = 42  # of the choice of clips [0 to 1e12]
     # --------------------------------------------------------------------------
     settings = configure(globals(), shared=run)
     start = time.perf_counter()

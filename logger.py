@@ -3,8 +3,13 @@ import contextlib
 import json
 import os
 
+import numpy as np
+
 from configurator import UserError
 from machine import RANK, write_whole
+from pictures import plot
+
+POINTS = 100  # of a curve
 
 
 def lines_until(path, step):
@@ -12,9 +17,9 @@ def lines_until(path, step):
     if not os.path.exists(path):
         return ''
     kept = ''
-    with open(path) as f:
+    with open(path, errors='replace') as f:
         for line in f:
-            with contextlib.suppress(ValueError):  # a kill may have cut a line short
+            with contextlib.suppress(ValueError, TypeError, KeyError):  # a kill may cut a line short
                 if line.endswith('\n') and json.loads(line)['step'] <= step:
                     kept += line
     return kept
@@ -53,6 +58,23 @@ class Logger:
                 self.board.add_scalar(key, value, step)
         if self.wandb:
             self.wandb.log(values, step=step)
+
+    def plot_losses(self):
+        """Draw the training loss, in at most POINTS means, and the validation loss: loss.png."""
+        if RANK > 0:
+            return
+        training, held_out = {}, {}
+        with open(self.path) as f:
+            for values in map(json.loads, f):
+                if 'loss' in values:
+                    training[values['step']] = values['loss']
+                if 'val_loss' in values:
+                    held_out[values['step']] = values['val_loss']
+        steps = np.array_split(list(training), min(POINTS, len(training)))
+        training = {part[-1]: np.mean([training[step] for step in part]) for part in steps}
+        curves = {'training': training, 'held-out clips': held_out}
+        path = os.path.join(os.path.dirname(self.path), 'loss.png')
+        plot(path, {'loss': curves}, list(training), 'step')
 
     def picture(self, step, picture):
         """picture: uint8 [H,W,3]."""

@@ -21,6 +21,9 @@ RANK = int(os.environ.get('RANK', 0))
 LOCAL_RANK = int(os.environ.get('LOCAL_RANK', 0))
 WORLD_SIZE = int(os.environ.get('WORLD_SIZE', 1))
 RESTARTS = int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0))
+# torchrun makes a folder for the errors of each launch, on each node, .../attempt_0/3/error.json:
+# its name tells launches apart, as the run's id does not, which is the same for the same command
+LAUNCH = os.environ.get('TORCHELASTIC_ERROR_FILE', '').rpartition('/attempt_')[0]
 
 DTYPES = {'fp32': torch.float32, 'bf16': torch.bfloat16, 'fp16': torch.float16}
 
@@ -79,24 +82,38 @@ def autocast(device, dtype):
 class Interrupt:
     """SIGTERM and Ctrl-C do not end a training at once: it finishes the step, saves, and leaves.
 
-    Several processes agree on it where they exchange numbers anyway.
+    Several processes have to leave after the same step, and torchrun kills those that have not left
+    30 seconds after its SIGTERM. Asking each other at every step would make each wait for the
+    device, so they do it about every PATIENCE seconds: when they ask, they also agree on how long a
+    step takes, and so on the step at which they ask again.
     """
+    PATIENCE = 5
 
-    def __init__(self):
+    def __init__(self, step):
+        """step: where training begins."""
         self.signal = 0
+        self.asked_at, self.ask_at, self.clock = step, step + 1, time.perf_counter()
         signal.signal(signal.SIGTERM, self.on_signal)
         signal.signal(signal.SIGINT, self.on_signal)
 
     def on_signal(self, signum, frame):
         self.signal = signum
 
-    @property
-    def now(self):
-        """Whether to stop without asking others."""
-        return self.signal > 0 and WORLD_SIZE == 1
-
-    def as_tensor(self, device):
-        return torch.tensor(float(self.signal > 0), device=device)
+    def agreed(self, step, device):
+        """Whether all processes leave after this step; every process has to ask, after every step."""
+        if WORLD_SIZE == 1:
+            return self.signal > 0
+        if step < self.ask_at:
+            return False
+        synchronize(device)
+        now = time.perf_counter()
+        took = (now - self.clock) / (step - self.asked_at)
+        numbers = torch.tensor([float(self.signal > 0), took], device=device)
+        dist.all_reduce(numbers, dist.ReduceOp.MAX)
+        signals, took = numbers.tolist()
+        self.asked_at, self.clock = step, now
+        self.ask_at = step + max(1, int(self.PATIENCE / took))
+        return signals > 0
 
     @property
     def exit_code(self):
@@ -130,12 +147,12 @@ def total(numbers):
     return numbers
 
 
-def largest(number, device):
-    """The largest that any process has of a whole number."""
-    number = torch.tensor(number, device=device)
+def gather(x):
+    """[what each process has], of anything that pickles."""
+    everyone = [x] * WORLD_SIZE
     if WORLD_SIZE > 1:
-        dist.all_reduce(number, dist.ReduceOp.MAX)
-    return int(number)
+        dist.all_gather_object(everyone, x)
+    return everyone
 
 
 def recompute_activations(model):

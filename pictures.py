@@ -1,4 +1,5 @@
 """What people see: dreams as videos and contact sheets, numbers as curves."""
+import functools
 import math
 
 import imageio.v3 as iio
@@ -89,13 +90,14 @@ def plot(path, panels, ticks, xlabel='', log_ticks=False):
     """Draw curves to a file; where matplotlib is missing, say so and go on.
 
     panels: {title: {label: n values, or n pairs of a mean and its +-}}, one below the other.
-    ticks: n numbers, for curves, or n names, for points beside each other.
+    ticks: n numbers, for curves, or n names, for points beside each other. A curve that is a dict
+    {x: value} has places of its own.
     A label that is a pair (target, solver) has its colour by the first and its dash by the second.
     """
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        print(f'no {path}: plots need matplotlib: pip install matplotlib')
+        say_once(f'no {path}: plots need matplotlib: pip install matplotlib')
         return
     figure = Figure(figsize=(8, 3.8 * len(panels)), layout='constrained')
     axes = figure.subplots(len(panels), squeeze=False)[:, 0]
@@ -112,6 +114,11 @@ def plot(path, panels, ticks, xlabel='', log_ticks=False):
     figure.savefig(path, dpi=120)
 
 
+@functools.cache
+def say_once(line):
+    print(line)
+
+
 def draw(ax, curves, ticks):
     colours, dashes = {}, {}  # of each name seen so far
     if isinstance(ticks[0], str):
@@ -126,6 +133,8 @@ def draw(ax, curves, ticks):
         if isinstance(ticks[0], str):  # points, side by side so that no error bar hides another
             x = np.arange(len(ticks)) + 0.1 * (i - (len(curves) - 1) / 2)
             dash = 'none'
+        if isinstance(values, dict):
+            x, values = list(values), list(values.values())
         values = np.reshape(values, (len(values), -1))
         mean, error = values[:, 0], values[:, 1:].sum(axis=1)  # without an error its bar is 0 high
         ax.errorbar(x, mean, error, color=colour, linestyle=dash, marker='o', markersize=4,

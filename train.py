@@ -6,7 +6,7 @@
     torchrun --nproc_per_node=8 train.py config/rt1_b2.py               # 8 GPUs
 
 Leaves in out_dir: latest.safetensors (replaced atomically), step_*.safetensors (kept), config.json,
-log.jsonl, dream_*.png, and TensorBoard events if it is installed.
+log.jsonl, loss.png, dream_*.png, and TensorBoard events if it is installed.
 """
 import copy
 import math
@@ -14,6 +14,7 @@ import os
 import sys
 import tempfile
 import time
+from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from itertools import count
 
@@ -21,34 +22,29 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+import folder
 import machine
 from bench import forward_flops
-from checkpoint import (
-    load_weights,
-    read_checkpoint,
-    restore_training,
-    save_checkpoint,
-    training_state,
-)
+from checkpoint import load_weights, read_checkpoint, restore_training, save_checkpoint, training_state
 from configurator import UserError, check_choices, check_context, configure
 from data import Clips, random_dataset, to_model
 from diffusion import Diffusion
-from evaluate import evaluate, summarise
+from evaluate import check_enough, evaluate, summarise
 from logger import Logger
-from machine import RANK, RESTARTS, WORLD_SIZE
+from machine import RANK, WORLD_SIZE
 from metrics import NETWORKS, load_networks
 from model import build_model
 from pictures import contact_sheet, to_pixels, write_picture
-from run import make_folder
+from run import check_clips, locate
 from sample import dream
 from vae import load_vae
 
 # settings ---------------------------------------------------------------------
 # run
 out_dir = 'out/wall'
-resume = False  # go on from out_dir/latest.safetensors
+resume: bool | str = False  # go on from out_dir/latest.safetensors, or from a checkpoint's path
 init_from = ''  # weights to start from: a run folder, a checkpoint file or a Hugging Face id
-seed = 3407
+seed = 3407  # [0 to 1e12]
 device = ''  # cpu, cuda, mps; '' is the best there is
 dtype = ''  # fp32, bf16 or fp16 autocast; '' is bf16 on CUDA, else fp32
 compile = False  # torch.compile the model
@@ -61,6 +57,7 @@ context_frames = 1  # how many of them are given when it dreams [>= 1]
 frame_interval = 1  # keep every k-th frame; the k actions between are concatenated [>= 1]
 vae = ''  # decodes latents for pictures: '' is $VAE_MODEL_PATH or pretrained/sd-vae-ft-mse
 normalize_action = False  # by the training split's mean and std
+num_workers = 1  # threads that load batches ahead [>= 1]
 real_data = True  # False trains on random numbers of the shapes below, to try a config without data
 frame_shape = (4, 32, 32)  # channels, height, width; without real_data
 action_dim = 7  # numbers per recorded frame; without real_data
@@ -101,6 +98,7 @@ log_every = 10  # [>= 1]
 val_every = 1000  # validation loss, and a picture of held-out dreams; 0 is never [>= 0]
 latest_every = 1000  # replace latest.safetensors [>= 1]
 keep_every = 10000  # and keep a numbered one; 0 is never [>= 0]
+keep_last = 0  # of the numbered ones only so many; 0 is all [>= 0]
 num_val_clips = 64  # [>= 1]
 metrics_every = 0  # evaluate.py's PSNR, SSIM and right-wrong gap; 0 is never [>= 0]
 metrics = ''  # besides these: some of lpips,fid,fvd, where their weights are
@@ -125,7 +123,7 @@ if muon and (fsdp or dtype == 'fp16'):
     raise UserError('muon=True wants whole matrices and bf16 or fp32: not fsdp=True, not dtype=fp16')
 torch.manual_seed(seed)
 out_dir, dataset = machine.under_results(out_dir), machine.under_results(dataset)
-make_folder(out_dir)
+lock = folder.claim(out_dir)  # until this process ends
 
 # setup: the data
 if not real_data:
@@ -146,6 +144,7 @@ if frame_shape[0] != 3 and real_data:  # only pictures and metrics need the deco
 metric_clips = val_clips.fixed(num_metric_clips)
 networks = {}
 if metrics_every and can_look:  # what is missing is said now, not after an hour
+    check_enough(metric_clips)
     frame_size = val_clips.pixels(metric_clips[:1]).shape[-2:]
     networks, absent = load_networks(wanted, device, frame_size, num_frames - context_frames)
     for name, why in absent.items():
@@ -153,18 +152,15 @@ if metrics_every and can_look:  # what is missing is said now, not after an hour
             print(f'no {name.upper()}: {why}')
 
 # setup: the model, its average, and the optimizer
+global_batch = WORLD_SIZE * grad_accum * batch_size
+about = folder.about(config, global_batch, (train_clips.mean.tolist(), train_clips.std.tolist()))
+start = folder.starting_point(out_dir, resume, about)  # a checkpoint, or '' for a run that begins
 model = build_model(config, frame_shape, train_clips.action_dim)
+check_clips(val_clips, model)
 diffusion = Diffusion(pred_name, noise_schedule, zero_terminal_snr, snr_gamma=snr_gamma).to(device)
 diffusion.sample_timesteps((1, 1), timestep_sampling)  # refuses an unknown name now
-latest = os.path.join(out_dir, 'latest.safetensors')
-# torchrun starts all processes again when one died: then go on by ourselves, every process alike
-restarted = machine.largest(RESTARTS, device) > 0
-resume = resume or (restarted and os.path.exists(latest))
-if os.path.exists(latest) and not resume:
-    raise UserError(f'{latest} is there already: add --resume=True to go on, '
-                    'or choose another --out_dir')
-if init_from and not resume:
-    load_weights(model, read_checkpoint(init_from)[0], init_from)
+if init_from and not start:
+    load_weights(model, read_checkpoint(locate(init_from))[0], init_from)
 num_parameters = sum(p.numel() for p in model.parameters())
 flops = 3 * forward_flops(model) * batch_size * grad_accum
 if grad_checkpoint:
@@ -192,14 +188,15 @@ if muon:  # Jordan et al. 2024: orthogonal updates, scaled so that AdamW's learn
     optimizers.append(torch.optim.Muon(matrices, learning_rate, weight_decay,
                                        adjust_lr_fn='match_rms_adamw'))
 scaler = torch.amp.GradScaler(torch.device(device).type, enabled=dtype == 'fp16')
+latest = os.path.join(out_dir, 'latest.safetensors')
 step = 0  # steps done so far
-if resume:
-    meta = restore_training(latest, model, ema, optimizers)
+if start:
+    meta = restore_training(start, model, ema, optimizers)
     scaler.load_state_dict(meta['scaler'])
     step = meta['step']
 net = machine.distributed(torch.compile(model) if compile else model, device)
 logger = Logger(out_dir, config, step, wandb_project if wandb else '')
-interrupt = machine.Interrupt()
+interrupt = machine.Interrupt(step)
 
 
 def lr_at(n):
@@ -230,16 +227,16 @@ def batches(first):
     """Yields for every step from `first` on its micro-batches, each (frames, action, t, noise).
 
     All randomness of step n comes from (seed, n) and is drawn for the global batch: a resumed run
-    repeats the uninterrupted one, and N processes draw what one would. The clips of step n+1 are read
-    while n is computed.
+    repeats the uninterrupted one, and N processes draw what one would. While n is computed, the clips
+    of the next steps are read, one step by each of the workers.
     """
-    micro_steps = WORLD_SIZE * grad_accum
-    with ThreadPoolExecutor(1) as loader:
-        ahead = loader.submit(load, first)
+    with ThreadPoolExecutor(num_workers) as loader:
+        ahead = deque(loader.submit(load, first + i) for i in range(num_workers))
         for n in count(first):
-            loaded, ahead = ahead.result(), loader.submit(load, n + 1)
+            loaded = ahead.popleft().result()
+            ahead.append(loader.submit(load, n + num_workers))
             generator = torch.Generator(device).manual_seed(seed * 1_000_003 + n)
-            t, noise = draw((micro_steps * batch_size, num_frames, *frame_shape), generator)
+            t, noise = draw((global_batch, num_frames, *frame_shape), generator)
             micro_batches = []
             for i, (frames, action) in enumerate(loaded, start=RANK * grad_accum):
                 mine = slice(i * batch_size, (i + 1) * batch_size)
@@ -274,12 +271,10 @@ def dream_picture():
 def save(*paths):
     """Every process helps to put together what FSDP has cut; the first one writes."""
     state = training_state(model, ema, optimizers)
-    scale = train_clips.mean.tolist(), train_clips.std.tolist()
     for path in paths:
         if master:
-            save_checkpoint(path, state, model.config, step=step, train=config,
-                            scaler=scaler.state_dict(), action_scale=scale,
-                            action_meta=train_clips.action_meta)
+            save_checkpoint(path, state, model.config, step=step, scaler=scaler.state_dict(),
+                            action_meta=train_clips.action_meta, **about)
 
 
 def due(every):
@@ -287,10 +282,15 @@ def due(every):
     return every > 0 and (step % every == 0 or step == max_steps)
 
 
+if start and start != latest:
+    save(latest)  # the folder is now where that checkpoint is
 if master:
     rate = machine.matmul_rate(device, dtype)
     print(f'{num_parameters / 1e6:.2f} M parameters, {len(train_clips):,} clips, '
           f'{flops * WORLD_SIZE / 1e9:.1f} GFLOP a step, {device} {dtype} at {rate / 1e12:.2f} TFLOP/s')
+    if step >= max_steps:
+        print(f'{start} has done its max_steps={max_steps} already')
+    print(folder.disk_space(out_dir, 4 * num_parameters * (2 + len(models)), config))
 
 # the loop ---------------------------------------------------------------------
 bar = tqdm(total=max_steps, initial=step, disable=not master, desc=out_dir, unit='step',
@@ -327,14 +327,15 @@ while step < max_steps and not stop:
     step += 1
 
     # below runs every few steps only: reading a number makes the CPU wait for the device
+    stop = interrupt.agreed(step, device)
     events = (log_every, val_every, latest_every, keep_every, metrics_every)
-    if not any(map(due, events)) and not interrupt.now:
+    if not any(map(due, events)) and not stop:
         continue
     steps = step - since
     weights_norm = machine.whole(torch.nn.utils.get_total_norm(weights).detach())
-    sums = torch.stack([loss_sum, norm_sum, weights_norm, interrupt.as_tensor(device)])
-    loss_mean, norm, weights_norm, signals = (machine.total(sums) / WORLD_SIZE).tolist()
-    loss_mean, norm, stop = loss_mean / steps, norm / steps, signals > 0
+    sums = torch.stack([loss_sum, norm_sum, weights_norm])
+    loss_mean, norm, weights_norm = (machine.total(sums) / WORLD_SIZE).tolist()
+    loss_mean, norm = loss_mean / steps, norm / steps
     # a weight that is not finite must not be saved, even if no loss has shown it yet
     finite = math.isfinite(loss_mean) and math.isfinite(weights_norm)
     if not finite or not (math.isfinite(norm) or scaler.is_enabled()):
@@ -344,7 +345,7 @@ while step < max_steps and not stop:
                         f'finite, stopped before saving; {kept}; try a lower learning_rate or fp32')
     if master:
         speed = steps / (time.perf_counter() - clock)
-        clips_per_s, mfu = speed * batch_size * grad_accum * WORLD_SIZE, speed * flops / rate
+        clips_per_s, mfu = speed * global_batch, speed * flops / rate
         logger.log(step, loss=loss_mean, grad_norm=norm, lr=lr, clips_per_s=clips_per_s, mfu=mfu)
         bar.set_postfix(loss=f'{loss_mean:.4f}', clips_s=f'{clips_per_s:.0f}', mfu=f'{mfu:.0%}')
         bar.update(step - bar.n)
@@ -353,11 +354,13 @@ while step < max_steps and not stop:
 
     if due(keep_every):
         save(os.path.join(out_dir, f'step_{step:07d}.safetensors'), latest)
+        folder.drop_old(out_dir, step, keep_last)
     elif due(latest_every) or stop:
         save(latest)
     if due(val_every):
         val_loss = validation_loss()
         logger.log(step, val_loss=val_loss)
+        logger.plot_losses()
         if master:
             bar.write(f'step {step}: loss {loss_mean:.4f}, on held-out clips {val_loss:.4f}')
         if can_look:

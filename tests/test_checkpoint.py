@@ -147,6 +147,13 @@ def test_a_checkpoint_without_its_step_or_scaler_does_not_go_on(lacks, tmp_path)
         restore_training(path, model, ema, optimizer)
 
 
+def test_a_checkpoint_without_its_moments_does_not_go_on(tmp_path):
+    (model, ema, optimizer), path = some_training(average=True), str(tmp_path / 'm.safetensors')
+    save_checkpoint(path, ema.state_dict(), model.config, step=2, scaler={})
+    with pytest.raises(UserError, match='holds no optimizer state: start from it with --init_from'):
+        restore_training(path, model, ema, optimizer)
+
+
 BIAS = 'final_layer.linear.bias'
 
 

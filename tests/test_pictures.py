@@ -55,11 +55,13 @@ def test_curves_points_and_error_bars_are_drawn(tmp_path):
     lines = {('x', 'ddim'): [1, 2, 3], ('x', 'dpmpp'): [(1, 0.1), (2, 0.1), (3, 0.2)]}
     plot(str(tmp_path / 'lines.png'), {'PSNR, dB': lines, 'SSIM': lines}, [1, 2, 250], 'steps', log_ticks=True)
     plot(str(tmp_path / 'points.png'), {'PSNR, dB': {'dream': [(1, 0.2), (2, 0)]}}, ['adaln', 'film'])
-    assert {path.name for path in tmp_path.iterdir()} == {'lines.png', 'points.png'}
+    plot(str(tmp_path / 'own.png'), {'loss': {'training': {10: 3, 20: 2}, 'held-out clips': {20: 2}}}, [10, 20])
+    assert {path.name for path in tmp_path.iterdir()} == {'lines.png', 'points.png', 'own.png'}
 
 
 def test_without_matplotlib_one_line_says_how_to_get_it(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, 'matplotlib.figure', None)
-    plot(str(tmp_path / 'a.png'), {'loss': {'training': [1, 2]}}, [0, 1])
-    assert 'pip install matplotlib' in capsys.readouterr().out
+    for _ in range(2):
+        plot(str(tmp_path / 'a.png'), {'loss': {'training': [1, 2]}}, [0, 1])
+    assert capsys.readouterr().out.count('pip install matplotlib') == 1
     assert not list(tmp_path.iterdir())

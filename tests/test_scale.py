@@ -9,6 +9,7 @@ from conftest import ROOT, TRAIN, error, run
 from PIL import Image
 from test_train import assert_same, steps_of
 
+import machine
 from checkpoint import load_model
 
 CLOSE = dict(rtol=1e-4, atol=1e-6)
@@ -60,9 +61,10 @@ def test_a_worker_killed_under_torchrun_goes_on_by_itself(spread, tmp_path, monk
     suicide = tmp_path / 'suicide.py'
     suicide.write_text(f"""
 import os, runpy, sys
-def replace_and_die(*paths, replace=os.replace):
-    replace(*paths)
-    os.kill(os.getpid(), 9)
+def replace_and_die(old, new, replace=os.replace):
+    replace(old, new)
+    if new.endswith('latest.safetensors'):
+        os.kill(os.getpid(), 9)
 if os.environ['RANK'] == os.environ['TORCHELASTIC_RESTART_COUNT'] == '0':
     os.replace = replace_and_die
 sys.argv, sys.path[0] = sys.argv[1:], {ROOT!r}
@@ -73,6 +75,22 @@ runpy.run_path(sys.argv[0], run_name='__main__')
     assert 'exitcode: -9' in out
     assert_same(one, tmp_path / 'killed', **CLOSE)
     assert set(steps_of(tmp_path / 'killed')) == set(steps_of(one))
+
+
+def test_processes_ask_each_other_to_stop_by_the_clock_and_not_in_every_step(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(machine, 'WORLD_SIZE', 2)
+    monkeypatch.setattr(machine.time, 'perf_counter', lambda: now[0])
+    asked = []
+    monkeypatch.setattr(machine.dist, 'all_reduce', lambda numbers, op: asked.append(step))
+    monkeypatch.setattr(machine.signal, 'signal', lambda signum, handler: None)
+    interrupt = machine.Interrupt(step=1000)
+    for step in range(1001, 1030):  # steps of half a second, then of ten
+        now[0] += 0.5 if step <= 1015 else 10
+        if step == 1025:
+            interrupt.on_signal(15, None)
+        assert interrupt.agreed(step, 'cpu') == (step >= 1025)
+    assert asked == [1001, 1011, 1021, *range(1022, 1030)]
 
 
 def test_random_data_needs_no_dataset(tmp_path):
