@@ -6,7 +6,7 @@ import imageio.v3 as iio
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from configurator import extra
+from configurator import UserError, extra
 
 RED, GREY, DARK = (230, 60, 50), (160, 160, 160), (40, 40, 40)
 LABEL, GAP, BAR = 72, 4, 4  # pixels: of a row's label, between frames, below each frame
@@ -71,14 +71,22 @@ def contact_sheet(rows, num_context=0, min_size=64):
 
 
 def write_picture(path, picture):
-    """Write uint8 [H,W,3]."""
-    Image.fromarray(picture).save(path)
+    """Write uint8 [H,W,3]. Raises UserError."""
+    write(path, iio.imwrite('<bytes>', picture, extension='.png'))
+
+
+def write(path, data):
+    try:
+        with open(path, 'wb') as f:
+            f.write(data)
+    except OSError as e:
+        raise UserError(f'cannot write {path}: {e.strerror}') from e
 
 
 def write_video(path, video, fps):
     """Write uint8 [T,H,W,3] as a looping GIF, or as MP4 if the name says so. Raises UserError."""
     if not path.endswith('.mp4'):
-        iio.imwrite(path, video, duration=1000 / fps, loop=0)
+        write(path, iio.imwrite('<bytes>', video, extension='.gif', duration=1000 / fps, loop=0))
         return
     extra('imageio_ffmpeg')
     height, width = video.shape[1:3]

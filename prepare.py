@@ -16,6 +16,7 @@ import re
 import shutil
 import statistics
 import sys
+import zipfile
 from datetime import timedelta
 from functools import partial
 
@@ -49,9 +50,9 @@ what = 'wall'  # a world or a dataset: one of the names above
 out = ''  # where to; '' is data/<name>
 image_size = ''  # 64, or height,width as in 320,512; '' is the world's own, or 256
 resize = 'stretch'  # pictures of another shape; or pad (black borders) or crop (the middle)
-episodes = 0  # at most so many; 0 is as many as the world says, or all there are [>= 0]
+episodes = 0  # at most so many; 0 is as many as the world says, or all there are [0 to 1000000]
 seed = 0  # [>= 0]
-workers = os.cpu_count() // int(os.environ.get('LOCAL_WORLD_SIZE', 1))  # that read; 0: none [>= 0]
+workers = os.cpu_count() // int(os.environ.get('LOCAL_WORLD_SIZE', 1))  # that read; 0: none [0 to 256]
 # of gym, see gym_worlds.py
 env = ''  # id of a registered Gymnasium environment
 import_ = ''  # --import=ale_py: a module or file that registers more
@@ -118,8 +119,11 @@ def begin(path, settings):
     """Note what is being prepared, or compare with what was begun. Raises UserError."""
     settings = json.loads(json.dumps(settings))  # as it would be read
     if os.path.exists(path):
-        with open(path) as f:
-            begun = json.load(f)
+        try:
+            with open(path) as f:
+                begun = dict(json.load(f))
+        except (ValueError, TypeError) as e:
+            raise UserError(f'{path} is broken ({e}): delete {os.path.dirname(path)}') from e
         changed = [key for key in settings if settings[key] != begun.get(key)]
         if changed:
             raise UserError(f'{os.path.dirname(path)} was begun with other settings '
@@ -171,8 +175,8 @@ def prepare(out, settings, vae=None, workers=0):
         left = [parts[path] for path in parts if not os.path.exists(f'{path}.npz')]
         say_cost(left, vae, settings['image_size'])
     reading = DataLoader(
-        [parts[path] for path in todo], batch_size=None, num_workers=workers,
-        multiprocessing_context='spawn' if workers else None,
+        [parts[path] for path in todo], batch_size=None, num_workers=min(workers, len(todo)),
+        multiprocessing_context='spawn' if workers and todo else None,
         worker_init_fn=readers.start_worker,
         collate_fn=partial(readers.read_episode, size=settings['image_size'], how=settings['resize']))
     with tqdm(total=len(mine), initial=len(mine) - len(todo), unit='episode', disable=RANK > 0,
@@ -201,7 +205,7 @@ def assemble(out, parts, settings):
     whole = f'{out}.partial/whole'
     shutil.rmtree(whole, ignore_errors=True)  # what a killed run joined
     done = [path for path in parts if os.path.exists(f'{path}.npz')]
-    shapes = {path: np.load(f'{path}.npz')['actions'].shape for path in done}
+    shapes = {path: read_part(path, 'actions').shape for path in done}
     width = statistics.mode([shape[1] for shape in shapes.values()] or [0])  # the usual one
     good, broken = {'train': [], 'val': []}, {}
     for path, episode in parts.items():
@@ -239,14 +243,23 @@ def assemble(out, parts, settings):
           f'{len(broken)} broken ones skipped')
 
 
+def read_part(path, array):
+    """An array of a part. Raises UserError."""
+    try:
+        return np.load(f'{path}.npz')[array]
+    except (OSError, ValueError, LookupError, EOFError, zipfile.BadZipFile) as e:
+        raise UserError(f'{path}.npz is broken ({e}): delete it, and the same command makes it '
+                        'again') from e
+
+
 def join(target, parts, array, rows):
     """Write an array of all parts, one after the other, as one .npy file of so many rows."""
-    first = np.load(f'{parts[0]}.npz')[array]
+    first = read_part(parts[0], array)
     header = dict(descr=first.dtype.str, fortran_order=False, shape=(rows, *first.shape[1:]))
     with open(target, 'wb') as f:  # on a full disk, a mapped file would kill the process
         np.lib.format.write_array_header_1_0(f, header)
         for path in parts:
-            f.write(np.load(f'{path}.npz')[array])
+            f.write(read_part(path, array))
 
 
 # -----------------------------------------------------------------------------

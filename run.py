@@ -26,11 +26,11 @@ from vae import load_vae
 ckpt = 'out/wall'  # run folder, checkpoint file or Hugging Face id
 dataset = ''  # prepared dataset to start from; '' is the one the model was trained on
 context_frames = 0  # given frames; 0 is what the model was trained for [>= 0]
-num_steps = 0  # denoising steps per frame; 0 is the run's own [>= 0]
+num_steps = 0  # denoising steps per frame; 0 is the run's own [0 to 1000]
 schedule = 'sequential'  # sequential, full_sequence or pyramid
 stabilization = 0.02  # how noisy known frames are shown, as a share of the timesteps [0 to 1]
 solver = 'ddim'  # or dpmpp: DPM-Solver++ 2M, of second order, for fewer steps
-eta = 0.0  # of ddim: 0 is deterministic, 1 is DDPM [>= 0]
+eta = 0.0  # of ddim: 0 is deterministic, 1 is DDPM [0 to 1]
 grid = 'linear'  # the steps' timesteps: evenly spaced in t, or logsnr
 history = 0  # frames kept as context when the window slides; 0 is all but one [>= 0]
 cache = True  # remember finished frames; False runs the whole window at every step, to the same end

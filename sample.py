@@ -17,6 +17,7 @@ from controls import beyond, legend
 from data import to_model
 from machine import autocast
 from pictures import contact_sheet, side_by_side, to_pixels, write_picture, write_video
+from recordings import ordinary
 
 
 def dream(model, diffusion, frames, action, num_context, num_steps, seed=0, progress=False,
@@ -43,9 +44,12 @@ def read_actions(path, action_dim, frame_interval):
     if not action_dim:
         raise UserError(f'--actions={path}: the model was trained without actions')
     try:
-        actions = np.load(path, allow_pickle=False).astype(np.float32)
-    except (OSError, ValueError, EOFError, AttributeError) as e:
-        raise UserError(f'--actions={path} is not a readable .npy file of floats: {e}') from e
+        actions = np.lib.format.open_memmap(ordinary(path), mode='r')
+        if actions.dtype.kind not in 'fiub':
+            raise ValueError(f'it holds {actions.dtype}')
+    except (OSError, ValueError, OverflowError) as e:
+        raise UserError(f'--actions={path} is not a readable .npy file of numbers: {e}') from e
+    actions = np.asarray(actions, np.float32)
     if not np.isfinite(actions).all():
         raise UserError(f'--actions={path}: some numbers are not finite')
     numbers = action_dim // frame_interval  # of a recorded action
@@ -67,20 +71,20 @@ if __name__ == '__main__':
     # settings -----------------------------------------------------------------
     out = ''  # file to write; '' is rollout.<format> beside the checkpoint
     format = 'gif'  # gif, mp4, or png: all frames side by side
-    fps = 4.0  # [> 0]
-    num_clips = 6  # held-out starts [>= 1]
-    samples = 1  # dreams of each start; where the world is random they differ [>= 1]
-    num_frames = 16  # context included; where a recording ends, its actions begin again [>= 2]
+    fps = 4.0  # [0.01 to 100]
+    num_clips = 6  # held-out starts [1 to 1000]
+    samples = 1  # dreams of each start; where the world is random they differ [1 to 1000]
+    num_frames = 16  # context included; where a recording ends, its actions begin again [2 to 100000]
     actions = ''  # .npy of your own: raw, a row for each recorded frame from where the dream begins
-    seed = 0  # [>= 0]
+    seed = 0  # [0 to 2147483647]
     # --------------------------------------------------------------------------
     settings = configure(globals(), shared=run)
     check_choice('format', format, ('gif', 'mp4', 'png'))
     opened = run.open_run(settings)
     model, config, num_context = opened.model, opened.config, opened.context_frames
     out = out or os.path.join(run.output_folder(opened.ckpt), f'rollout.{format}')
-    if not out.endswith(('.gif', '.mp4', '.png')):
-        raise UserError(f'--out={out}: expected a name that ends in .gif, .mp4 or .png')
+    if not out.endswith(('.gif', '.mp4', '.png')) or os.path.isdir(out):
+        raise UserError(f'--out={out}: expected a file whose name ends in .gif, .mp4 or .png')
     if out.endswith('.mp4'):
         extra('imageio_ffmpeg')  # says now, not after the dream, if it is missing
     run.make_folder(os.path.dirname(out) or '.')
