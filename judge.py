@@ -11,12 +11,14 @@ its simulator says so at any of them.
 import contextlib
 import io
 import json
+import math
 import os
 import time
 
 import numpy as np
 import torch
 import torch.nn as nn
+from tqdm import tqdm
 
 import envs
 from configurator import UserError
@@ -30,9 +32,9 @@ GOAL_OFFSET, BUDGET = 25, 50  # simulator steps
 class CostModel(nn.Module):
     """What its planner optimises: how far from the goal our dream of each candidate ends."""
 
-    def __init__(self, agent):
+    def __init__(self, agent, progress=None):
         super().__init__()
-        self.agent, self.model = agent, agent.model
+        self.agent, self.model, self.progress = agent, agent.model, progress
 
     def get_cost(self, info, candidates):
         """[B,S] for standardised candidates [B,S,horizon,interval*A].
@@ -45,6 +47,8 @@ class CostModel(nn.Module):
             frame, goal = (x[0, 0].permute(2, 0, 1).cpu().numpy() for x in (frames, goals))
             imagine = agent.dream(frame, torch.Generator().manual_seed(0))
             costs.append(agent.cost(imagine, goal)(some))
+        if self.progress:
+            self.progress()
         return torch.stack(costs).to(candidates.device)
 
 
@@ -114,8 +118,12 @@ def policies(agent, recorded):
             return next(self.actions, rest)
 
     planner = agent.planner
-    solver = CEMSolver(CostModel(agent), num_samples=planner.candidates, n_steps=planner.iterations,
-                       topk=planner.elites, var_scale=planner.first_std, device=agent.device)
+    # of an episode, if it needs them all
+    plans = math.ceil(BUDGET / (planner.execute * agent.interval))
+    bar = tqdm(total=recorded.shape[1] * plans * planner.iterations, unit='iteration')
+    solver = CEMSolver(CostModel(agent, bar.update), num_samples=planner.candidates,
+                       n_steps=planner.iterations, topk=planner.elites,
+                       var_scale=planner.first_std, device=agent.device)
     config = PlanConfig(planner.horizon, planner.execute, action_block=agent.interval)
     return {
         'plan in the dream': WorldModelPolicy(solver, config, process={'action': Scaler(agent)}),
