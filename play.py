@@ -51,6 +51,10 @@ class Server(ThreadingHTTPServer):
         self.page = Path(__file__).with_name('play.html').read_bytes()
         self.sessions = {}  # by names that nobody can guess
         self.worker = ThreadPoolExecutor(max_workers=1)
+        # the browser draws on the same processor: a core is left to it (PushT on two: 20 -> 25 frames
+        # a second), and the dream waits less than 5 ms for Python's lock when a thread answers it
+        torch.set_num_threads(max(1, min(torch.get_num_threads(), os.cpu_count() - 1)))
+        sys.setswitchinterval(1e-4)
         try:
             super().__init__((host, port), Handler)
         except OSError as e:
@@ -242,10 +246,6 @@ if __name__ == '__main__':
     silence = 300.0  # seconds after which a tab that asks for nothing is forgotten [> 0]
     # --------------------------------------------------------------------------
     settings = configure(globals(), shared=run)
-    # the browser draws on the same processor, and has threads of this program answer it: a core of
-    # its own, and no waiting of 5 ms for Python's lock (PushT on two cores: 20 -> 26 frames a second)
-    torch.set_num_threads(max(1, torch.get_num_threads() - 1))
-    sys.setswitchinterval(1e-4)
     server = Server(host, port, run.open_run(settings), tabs, silence)
     server.compute(Session, server.opened)  # says now what is wrong with the dataset
     print(f'{server.url} (Ctrl-C ends it)', flush=True)

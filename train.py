@@ -192,7 +192,8 @@ latest = os.path.join(out_dir, 'latest.safetensors')
 step = 0  # steps done so far
 if start:
     meta = restore_training(start, model, ema, optimizers)
-    scaler.load_state_dict(meta['scaler'])
+    if meta['scaler']:  # it was fp16
+        scaler.load_state_dict(meta['scaler'])
     step = meta['step']
 net = machine.distributed(torch.compile(model) if compile else model, device)
 logger = Logger(out_dir, config, step, wandb_project if wandb else '')

@@ -174,7 +174,7 @@ def test_a_script_prints_a_mistake_as_one_line():
     ('--history=9', 'history=9: expected 1 to 3'),
     ('--format=avi', "format='avi': expected one of gif, mp4"),
     ('--actions=sample.py', 'not a readable .npy file'),
-    ('--num_frames=1', 'num_frames=1: expected >= 2'),
+    ('--num_frames=1', 'num_frames=1: expected 2 to 100000'),
     ('--context_frames=20', 'context_frames=20: expected fewer than num_frames=16'),
     ('--schedule=diagonal', "schedule='diagonal': expected one of sequential"),
     ('--ckpt=nowhere', 'no checkpoint at'),
