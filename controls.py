@@ -28,12 +28,14 @@ def checked(about, size, source):
 
     Raises UserError.
     """
-    names, controls = about.get('action_names'), about.get('controls')
     try:
-        held = [controls['rest'], *controls['keys'].values()] if controls else []
+        names, controls, held = about.get('action_names'), about.get('controls'), []
+        if controls:
+            held = [controls['rest'], *controls['keys'].values()]
+            controls.get('captions', {}).keys()
         fits = np.float32(about['action_range']).shape == (size, 4) or not size
         fits = fits and all(np.float32(action).shape == (size,) for action in held)
-        fits = fits and (not names or len(names) == size)
+        fits = fits and (not names or len(names) == size) and type(about.get('what', '')) is str
     except (AttributeError, LookupError, TypeError, ValueError):
         fits = False
     if not fits:

@@ -117,11 +117,26 @@ def load_run(ckpt, device='', dataset='', context_frames=0, **options):
         needless = ' '.join(f'--{key}' for key in options)
         raise UserError(f'{ckpt} knows how it was trained: leave out {needless}')
     else:
-        config = meta['train'] | {'action_scale': meta['action_scale'],
-                                  'action_meta': meta.get('action_meta')}
+        config = own_config(ckpt, meta)
     diffusion = Diffusion(config['pred_name'], config['noise_schedule'],
                           config['zero_terminal_snr'], snr_gamma=config['snr_gamma'])
     return model, diffusion.to(device), config
+
+
+def own_config(ckpt, meta):
+    """load_run's config of a checkpoint with the metadata that train.py writes. Raises UserError."""
+    config = meta['train']
+    try:
+        numbers = [config[key] for key in ('num_frames', 'context_frames', 'frame_interval', 'sample_steps')]
+        good = all(type(n) is int and 1 <= n <= 10_000 for n in numbers)
+        good = good and type(config['dataset']) is str
+        config = config | {'action_scale': meta['action_scale'], 'action_meta': meta.get('action_meta')}
+        good = good and {'pred_name', 'noise_schedule', 'zero_terminal_snr', 'snr_gamma'} <= config.keys()
+    except (LookupError, TypeError):
+        good = False
+    if not good:
+        raise UserError(f'{ckpt}: its metadata is not as train.py writes it; use another checkpoint')
+    return config
 
 
 def foreign_config(ckpt, model_config, options):

@@ -1,8 +1,10 @@
 """Truths about sample.py: what is done at which frame, which actions are known, and what the pictures show."""
+import os
+
 import numpy as np
 import pytest
 import torch
-from conftest import inline, run
+from conftest import error, inline, run
 from PIL import Image
 
 from checkpoint import read_checkpoint, save_checkpoint
@@ -85,6 +87,40 @@ def test_a_checkpoint_knows_how_far_its_actions_go(trained, wall, tmp_path):
         said = inline('sample.py', f'--ckpt={ckpt}', f'--actions={tmp_path}/far.npy', f'--out={tmp_path}/a.gif')
         assert 'actions[:, 0]: -0.14 to 0.14, 98 % of them -0.14 to 0.14; ArrowLeft -0.1; ArrowRight +0.1\n' in said
         assert 'far.npy: actions[:, 0] goes from 1 to 1, the data from -0.14 to 0.14; there' in said
+
+
+RANGE = [[0, 0, 1, 1]] * 2
+
+
+@pytest.mark.parametrize('forged, line', [
+    (dict(train=[]), 'not as train.py writes it'), (dict(train={}), 'not as train.py writes it'),
+    (dict(action_scale=['a', 'b']), 'needs mean and std'),
+    (dict(action_scale=[[0] * 3, [1] * 3]), 'needs mean and std'),
+    (dict(action_meta=[1]), 'action_range of 2'), (dict(action_meta={'what': 'wall'}), 'action_range of 2'),
+    (dict(action_meta={'action_range': RANGE[:1]}), 'action_range of 2'),
+    (dict(action_meta={'action_range': RANGE, 'what': [1]}), 'action_range of 2'),
+    (dict(action_meta={'action_range': RANGE, 'action_names': ['x']}), 'action_range of 2'),
+    (dict(action_meta={'action_range': RANGE, 'controls': 'arrows'}), 'action_range of 2'),
+    (dict(action_meta={'action_range': RANGE, 'controls': {'rest': [0, 0], 'keys': {'KeyW': [1]}}}),
+     'action_range of 2')], ids=str)
+def test_metadata_that_train_did_not_write_gets_one_line(forged, line, trained, tmp_path):
+    state, config, meta = read_checkpoint(trained)
+    save_checkpoint(f'{tmp_path}/forged.safetensors', state, config, **meta | forged)
+    np.save(tmp_path / 'own.npy', np.zeros((3, 2)))
+    assert line in error('sample.py', f'--ckpt={tmp_path}/forged.safetensors', f'--actions={tmp_path}/own.npy')
+
+
+@pytest.mark.parametrize('content, line', [
+    (None, 'a pipe or a device'), (np.zeros((3, 2), complex), 'it holds complex128'),
+    (np.zeros((3, 2), 'M8[s]'), 'it holds datetime64[s]'), (np.full((3, 2), 'left'), 'it holds <U4'),
+    (np.full((3, 2), np.nan), 'not finite'), (np.full((3, 2), 1e300), 'not finite'), (np.zeros(2), 'has shape [2]'),
+    (np.zeros((0, 2)), 'has shape [0, 2]')], ids=str)
+def test_own_actions_that_are_none_get_one_line(content, line, trained, tmp_path):
+    if content is None:
+        os.mkfifo(tmp_path / 'own.npy')
+    else:
+        np.save(tmp_path / 'own.npy', content)
+    assert line in error('sample.py', f'--ckpt={trained}', f'--actions={tmp_path}/own.npy')
 
 
 def test_what_leaves_the_range_is_named_in_one_line():
