@@ -96,8 +96,8 @@ class Clips:
             mean, std = np.float32(normalize or (0, 1))
         except (TypeError, ValueError):
             mean = std = np.float32('nan')
-        sizes = (), (self.actions.shape[1],)
-        if mean.shape not in sizes or not np.isfinite(mean).all() or not (std >= 0).all():
+        usable = np.isfinite(mean) & np.isfinite(std) & (std >= 0)
+        if mean.shape not in ((), (self.actions.shape[1],)) or not usable.all():
             raise UserError(f'{self.folder}: normalising needs mean and std of {self.actions.shape[1]} '
                             'numbers, action_mean and action_std in meta.json')
         std = np.where(std == 0, np.float32(1), std)  # of a number that never changes

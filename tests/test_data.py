@@ -135,7 +135,8 @@ def test_damage_to_a_dataset_gets_one_line(damage, line, tmp_path):
 @pytest.mark.parametrize('text', [
     '', '[]', 'null', '[' * 100_000, '{}', '{"action_mean": [0, 0]}', '{"action_mean": [0], "action_std": [1]}',
     '{"action_mean": "zero", "action_std": [1, 1]}', '{"action_mean": [0, 0], "action_std": [NaN, 1]}',
-    '{"action_mean": [0, 0], "action_std": [-1, 1]}', '{"action_mean": [0, 0], "action_std": null}',
+    '{"action_mean": [0, 0], "action_std": [-1, 1]}',
+    '{"action_mean": [0, 0], "action_std": [Infinity, 1]}', '{"action_mean": [0, 0], "action_std": null}',
     '{"action_mean": [0, 0], "action_std": [1, 1], "what": [1]}'], ids=lambda text: text[:60])
 def test_metadata_that_is_wrong_gets_one_line(text, tmp_path):
     root = random_dataset(tmp_path / 'data', (3, 8, 8), action_dim=2, rows=20)
