@@ -26,6 +26,8 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
+from tqdm import tqdm
+
 BLOCK = re.compile(r'# settings -+\n(.*?)\n *# -{20,}', re.DOTALL)
 BOUND = r'\[((?:>=? |\S+ to )\S+)\]'
 SETTING = re.compile(rf' *(\w+)(?:: (\w+(?: \| \w+)?))? = (.+?)(?:  # (.*?(?:{BOUND})?))?')
@@ -72,9 +74,9 @@ def extra(module):
 def print_one_line(kind, error, trace):
     """For sys.excepthook: no traceback for a mistake of the user's, a disk's fault or Ctrl-C."""
     if issubclass(kind, (UserError, OSError)):
-        print(error, file=sys.stderr)
+        tqdm.write(str(error), file=sys.stderr)  # on a line of its own, whatever bars there are
     elif issubclass(kind, KeyboardInterrupt):
-        print('interrupted', file=sys.stderr)
+        tqdm.write('interrupted', file=sys.stderr)
     else:
         sys.__excepthook__(kind, error, trace)
 

@@ -51,8 +51,11 @@ class Logger:
     def log(self, step, **values):
         if RANK > 0:
             return
-        with open(self.path, 'a') as f:
-            f.write(json.dumps({'step': step, **values}) + '\n')
+        try:
+            with open(self.path, 'a') as f:
+                f.write(json.dumps({'step': step, **values}) + '\n')
+        except OSError as e:
+            raise UserError(f'cannot write {self.path}: {e.strerror}; go on with --resume=True') from e
         if self.board:
             for key, value in values.items():
                 self.board.add_scalar(key, value, step)

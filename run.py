@@ -160,17 +160,12 @@ def held_out(model, config, num_frames, dataset=''):
     """Validation clips as the run saw them, from its dataset or another that fits it."""
     dataset = under_results(dataset or config['dataset'])
     clips = Clips(dataset, 'val', num_frames, config['frame_interval'], config['action_scale'])
-    check_clips(clips, model)
-    return clips
-
-
-def check_clips(clips, model):
-    """Raises UserError if they are not of the model's size."""
     want = (model.config.in_channels, *model.config.input_size)
     if clips.frames.shape[1:] != want or clips.action_dim != model.config.action_dim:
         raise UserError(f'{clips.folder}: frames {clips.frames.shape[1:]} and {clips.action_dim} action '
                         'numbers do not fit the model, '
                         f'which takes {want} and {model.config.action_dim}')
+    return clips
 
 
 def load_decoder(model, path=''):

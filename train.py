@@ -35,7 +35,7 @@ from machine import RANK, WORLD_SIZE
 from metrics import NETWORKS, load_networks
 from model import build_model
 from pictures import contact_sheet, to_pixels, write_picture
-from run import check_clips, locate
+from run import locate
 from sample import dream
 from vae import load_vae
 
@@ -156,7 +156,6 @@ global_batch = WORLD_SIZE * grad_accum * batch_size
 about = folder.about(config, global_batch, (train_clips.mean.tolist(), train_clips.std.tolist()))
 start = folder.starting_point(out_dir, resume, about)  # a checkpoint, or '' for a run that begins
 model = build_model(config, frame_shape, train_clips.action_dim)
-check_clips(val_clips, model)
 diffusion = Diffusion(pred_name, noise_schedule, zero_terminal_snr, snr_gamma=snr_gamma).to(device)
 diffusion.sample_timesteps((1, 1), timestep_sampling)  # refuses an unknown name now
 if init_from and not start:

@@ -15,7 +15,7 @@ from test_train import assert_same, steps_of
 import folder
 from checkpoint import load_model, read_meta
 from configurator import UserError
-from logger import lines_until
+from logger import Logger, lines_until
 
 TORCHRUN = ['-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2']
 
@@ -210,3 +210,11 @@ def test_a_folder_in_a_files_place_gets_one_line(name, options, tmp_path):
     job = [sys.executable, *options, f'--out_dir={tmp_path}', '--max_steps=3']
     done = subprocess.run(job, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1 and 'Traceback' not in done.stderr and name in done.stderr
+
+
+def test_a_log_that_cannot_be_written_names_itself(tmp_path):
+    log = Logger(str(tmp_path), {}, step=0)
+    (tmp_path / 'log.jsonl').unlink()
+    (tmp_path / 'log.jsonl').symlink_to('/dev/full')
+    with pytest.raises(UserError, match='^cannot write .*/log.jsonl: No space left on device; go on with --resume'):
+        log.log(1, loss=0.5)
