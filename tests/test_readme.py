@@ -16,7 +16,7 @@ def snippets(name):
     return [pytest.param(code, id=f'{name}-{i}') for i, code in enumerate(found)]
 
 
-@pytest.mark.parametrize('code', [*snippets('README.md'), *snippets('docs/datasets.md')])
+@pytest.mark.parametrize('code', [*snippets('README.md'), *snippets('docs/datasets.md'), *snippets('docs/dreaming.md')])
 def test_a_snippet_runs(code, trained, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     os.makedirs('out')
@@ -33,7 +33,7 @@ def test_a_snippet_runs(code, trained, tmp_path, monkeypatch):
 def test_the_files_are_used_from_another_folder(trained, tmp_path):
     os.makedirs(tmp_path / 'out')
     os.symlink(trained, tmp_path / 'out' / 'wall')
-    code, = [s.values[0] for s in snippets('README.md') if '/path/to/nanowm' in s.values[0]]
+    code, = [s.values[0] for s in snippets('docs/dreaming.md') if '/path/to/nanowm' in s.values[0]]
     program = code.replace('/path/to/nanowm', ROOT) + 'print(type(model).__name__)'
     done = subprocess.run([sys.executable, '-c', program], cwd=tmp_path, capture_output=True, text=True)
     assert done.stdout == 'NanoWM\n', done.stderr
