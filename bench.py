@@ -18,10 +18,11 @@ import numpy as np
 import torch
 
 from configurator import UserError, check_choice, check_context, configure
-from data import Clips, random_dataset, to_model
+from data import Clips, to_model
 from diffusion import Diffusion
 from machine import autocast, matmul_rate, name_of, pick_device, pick_dtype, seconds, under_results, write_whole
 from model import build_model
+from random_data import random_dataset
 from run import make_folder
 
 

@@ -19,6 +19,7 @@ import numpy as np
 
 import envs
 from configurator import UserError
+from recordings import ordinary
 
 ARROWS = (('ArrowLeft', 'ArrowRight'), ('ArrowUp', 'ArrowDown'))
 
@@ -96,6 +97,29 @@ def beyond(about, actions):
     if len(found) > 3:
         found[2:] = [f'and {len(found) - 2} more numbers of it']
     return '; '.join(found)
+
+
+def read_own_actions(path, action_dim, frame_interval):
+    """Raw actions float32 [steps,frame_interval,A] of an .npy: a row for each recorded frame, or one
+    for each frame of the model. Raises UserError.
+    """
+    if not action_dim:
+        raise UserError(f'--actions={path}: the model was trained without actions')
+    try:
+        actions = np.lib.format.open_memmap(ordinary(path), mode='r')
+        if actions.dtype.kind not in 'fiub':
+            raise ValueError(f'it holds {actions.dtype}')
+    except (OSError, ValueError, OverflowError) as e:
+        raise UserError(f'--actions={path} is not a readable .npy file of numbers: {e}') from e
+    actions = np.asarray(actions, np.float32)
+    if not np.isfinite(actions).all():
+        raise UserError(f'--actions={path}: some numbers are not finite')
+    numbers = action_dim // frame_interval  # of a recorded action
+    fits = actions.ndim == 2 and actions.shape[1] in (numbers, action_dim) and actions.size
+    if not fits or actions.size % action_dim:
+        raise UserError(f'--actions={path} has shape {list(actions.shape)}: '
+                        f'expected [{frame_interval} * steps, {numbers}]')
+    return actions.reshape(-1, frame_interval, numbers)
 
 
 def csgo():

@@ -13,11 +13,10 @@ from tqdm import tqdm
 
 import run
 from configurator import UserError, check_choice, check_context, configure, extra
-from controls import beyond, legend
+from controls import beyond, legend, read_own_actions
 from data import to_model
 from machine import autocast
 from pictures import contact_sheet, side_by_side, to_pixels, write_picture, write_video
-from recordings import ordinary
 
 
 def dream(model, diffusion, frames, action, num_context, num_steps, seed=0, progress=False,
@@ -35,29 +34,6 @@ def dream(model, diffusion, frames, action, num_context, num_steps, seed=0, prog
     with tqdm(disable=not progress, desc='dreaming', unit='eval') as bar:
         return diffusion.sample(model, frames[:, :num_context], action, frames.shape[1], num_steps,
                                 noise, context_noise, progress=bar.update, **options)
-
-
-def read_actions(path, action_dim, frame_interval):
-    """Raw actions float32 [steps,frame_interval,A] of an .npy: a row for each recorded frame, or one
-    for each frame of the model. Raises UserError.
-    """
-    if not action_dim:
-        raise UserError(f'--actions={path}: the model was trained without actions')
-    try:
-        actions = np.lib.format.open_memmap(ordinary(path), mode='r')
-        if actions.dtype.kind not in 'fiub':
-            raise ValueError(f'it holds {actions.dtype}')
-    except (OSError, ValueError, OverflowError) as e:
-        raise UserError(f'--actions={path} is not a readable .npy file of numbers: {e}') from e
-    actions = np.asarray(actions, np.float32)
-    if not np.isfinite(actions).all():
-        raise UserError(f'--actions={path}: some numbers are not finite')
-    numbers = action_dim // frame_interval  # of a recorded action
-    fits = actions.ndim == 2 and actions.shape[1] in (numbers, action_dim) and actions.size
-    if not fits or actions.size % action_dim:
-        raise UserError(f'--actions={path} has shape {list(actions.shape)}: '
-                        f'expected [{frame_interval} * steps, {numbers}]')
-    return actions.reshape(-1, frame_interval, numbers)
 
 
 def recorded_length(clips, num_clips):
@@ -94,7 +70,7 @@ if __name__ == '__main__':
         clips = opened.held_out(num_context)
         about = opened.action_meta(clips)
         print(*legend(about), sep='\n')
-        own = read_actions(actions, model.config.action_dim, config['frame_interval'])
+        own = read_own_actions(actions, model.config.action_dim, config['frame_interval'])
         excess = beyond(about, own.reshape(-1, own.shape[2]))
         if excess:
             print(f'{actions}: {excess}; there its dream falls apart')

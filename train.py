@@ -27,7 +27,7 @@ import machine
 from bench import forward_flops
 from checkpoint import load_weights, read_checkpoint, restore_training, save_checkpoint, training_state
 from configurator import UserError, check_choices, check_context, configure
-from data import Clips, random_dataset, to_model
+from data import Clips, to_model
 from diffusion import Diffusion
 from evaluate import check_enough, evaluate, summarise
 from logger import Logger
@@ -35,6 +35,7 @@ from machine import RANK, WORLD_SIZE
 from metrics import NETWORKS, load_networks
 from model import build_model
 from pictures import contact_sheet, to_pixels, write_picture
+from random_data import random_dataset
 from run import locate
 from sample import dream
 from vae import load_vae

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from configurator import UserError
-from data import Clips, random_dataset, to_model
+from data import Clips, to_model
+from random_data import random_dataset
 
 
 def test_clips_are_cut_from_one_episode_with_their_own_actions(wall):

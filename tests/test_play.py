@@ -22,9 +22,9 @@ from test_model import tiny
 
 import controls
 import envs
-from data import random_dataset
 from diffusion import Diffusion
 from play import MAX_BODY, Server
+from random_data import random_dataset
 from run import OpenedRun
 from session import MAX_FILM, Session, gif
 

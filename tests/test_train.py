@@ -18,9 +18,9 @@ from safetensors.torch import load_file
 import configurator
 import run as run_module
 from checkpoint import load_model, read_checkpoint
-from data import random_dataset
 from diffusion import Diffusion
 from model import build_model
+from random_data import random_dataset
 
 
 def steps_of(out):
