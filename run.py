@@ -18,7 +18,7 @@ from configurator import UserError
 from controls import checked
 from data import Clips
 from diffusion import Diffusion
-from machine import pick_device, pick_dtype, under_results
+from machine import cast_weights, pick_device, pick_dtype, under_results
 from vae import load_vae
 
 # settings ---------------------------------------------------------------------
@@ -80,6 +80,8 @@ def open_run(settings):
     options = {key: settings[key] for key in FOREIGN}
     model, diffusion, config = load_run(ckpt, device, settings['dataset'],
                                         settings['context_frames'], **options)
+    dtype = pick_dtype(settings['dtype'], device)
+    cast_weights(model, dtype)
     return OpenedRun(
         ckpt=ckpt,
         model=model,
@@ -87,7 +89,7 @@ def open_run(settings):
         config=config,
         vae=load_decoder(model, settings['vae']),
         device=device,
-        dtype=pick_dtype(settings['dtype'], device),
+        dtype=dtype,
         dataset=settings['dataset'] or config['dataset'],
         context_frames=settings['context_frames'] or config['context_frames'],
         num_steps=settings['num_steps'] or config['sample_steps'],

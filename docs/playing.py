@@ -7,15 +7,19 @@
 import io
 import os
 import shutil
+import subprocess
+import tempfile
 import threading
 import time
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
 from playwright.sync_api import sync_playwright
 
+import play as play_module
 import run
 from configurator import configure
 from machine import autocast, name_of, seconds
@@ -71,20 +75,28 @@ def make_pictures(chromium, server):
     page.close()
 
 
-def rate_of_page(chromium, server):
-    """Frames a second that a player sees without a limit, with the truth beside the dream and without."""
-    page, _ = open_page(chromium, server)
-    page.select_option('#cap', '0')
-    page.evaluate('paused = false')
-    rates = []
-    for _ in range(2):
-        page.wait_for_timeout(2000)
-        begun, first = time.perf_counter(), page.evaluate('lastAge')
-        page.wait_for_timeout(1000 * duration)
-        rates.append((page.evaluate('lastAge') - first) / (time.perf_counter() - begun))
-        page.uncheck('#show-truth')
-    page.close()
-    return rates
+def rate_of_page(server, truth):
+    """Frames a second that a player sees without a limit, in a browser that nothing else listens to."""
+    page = Path(play_module.__file__).with_name('play.html').read_text()
+    page = page.replace('<option selected>10', '<option>10').replace('<option value="0"', '<option value="0" selected')
+    if not truth:
+        page = page.replace('id="show-truth" checked', 'id="show-truth"')
+    server.page = page.encode()
+    with tempfile.TemporaryDirectory() as profile:
+        browser = subprocess.Popen([shutil.which('chromium'), '--headless', '--no-sandbox', '--window-size=1100,860',
+                                    f'--user-data-dir={profile}', '--remote-debugging-port=0', server.url],
+                                   stderr=subprocess.DEVNULL)
+        while not server.sessions:
+            time.sleep(0.1)
+        (name, session), = server.sessions.items()
+        time.sleep(3)
+        begun, first = time.perf_counter(), session.dream.age
+        time.sleep(duration)
+        rate = (session.dream.age - first) / (time.perf_counter() - begun)
+        browser.terminate()
+        browser.wait()
+    server.sessions.pop(name, None)
+    return rate
 
 
 def rate_of_sample(opened):
@@ -118,10 +130,11 @@ if __name__ == '__main__':
         if pictures:
             make_pictures(chromium, server)
             print(f'{OUT}/play.gif: {os.path.getsize(f"{OUT}/play.gif") / 1e6:.2f} MB')
-        print(f'{opened.ckpt} on {name_of(opened.device)}, frames a second')
-        print(f'    Diffusion.sample          {rate_of_sample(opened):8.1f}')
-        beside, alone = rate_of_page(chromium, server)
-        print(f'    the page, dream alone     {alone:8.1f}')
-        print(f'    the page, beside truth    {beside:8.1f}')
-        print(f'    Diffusion.sample, again   {rate_of_sample(opened):8.1f}', flush=True)
+        chromium.close()
+    server.sessions.clear()
+    print(f'{opened.ckpt} on {name_of(opened.device)}, frames a second')
+    print(f'    Diffusion.sample          {rate_of_sample(opened):8.1f}')
+    print(f'    the page, dream alone     {rate_of_page(server, truth=False):8.1f}')
+    print(f'    the page, beside truth    {rate_of_page(server, truth=True):8.1f}')
+    print(f'    Diffusion.sample, again   {rate_of_sample(opened):8.1f}', flush=True)
     os._exit(0)

@@ -4,6 +4,7 @@ import torch
 
 from cache import KVCache
 from diffusion import Diffusion
+from machine import autocast, cast_weights
 from model import INJECTIONS, SIZES, NanoWM, NanoWMConfig, rope_angles, rope_tables, rotate
 
 TINY = dict(input_size=(8, 12), patch_size=2, in_channels=3, hidden_size=32, depth=4, num_heads=2, num_frames=4,
@@ -151,3 +152,12 @@ def test_a_temporal_block_leaves_in_the_cache_what_attention_over_all_frames_wou
         model(x[:, 3:], t[:, 3:], a, cache=parts, places=torch.tensor([3]))
     for one, other in zip(whole[1::2], parts[1::2], strict=True):
         assert torch.allclose(one.k, other.k, atol=1e-5) and torch.allclose(one.v, other.v, atol=1e-5)
+
+
+@pytest.mark.parametrize('injection', INJECTIONS)
+def test_weights_cast_once_give_what_autocast_gives(injection):
+    model = tiny(injection=injection)
+    with torch.no_grad(), autocast('cpu', 'bf16'):
+        before = model(*inputs())
+        cast_weights(model, 'bf16')
+        assert torch.equal(model(*inputs()), before)
