@@ -74,7 +74,7 @@ def cem(cost, planner, low, high, generator, mean=None):
 
 
 class Agent:
-    """A world model that plans: all that stays the same from plan to plan. Raises UserError.
+    """A world model that plans. Raises UserError.
 
     The planner draws standardised actions [horizon, interval*A], the simulator takes them raw
     [horizon, interval, A], and the model is told them as in its training. A frame is uint8 [3,H,W].
@@ -94,10 +94,9 @@ class Agent:
         if self.recorded.action_dim != model.config.action_dim:
             raise UserError(f'{dataset}: {self.recorded.action_dim} action numbers do not fit the '
                             f'model, which takes {model.config.action_dim}')
-        self.mean = torch.from_numpy(np.asarray(self.recorded.mean))
-        self.std = torch.from_numpy(np.asarray(self.recorded.std))
+        self.mean, self.std = map(torch.tensor, (self.recorded.mean, self.recorded.std))
         scale = self.recorded.action_scale(config['action_scale'])
-        self.model_mean, self.model_std = (torch.from_numpy(np.asarray(part)) for part in scale)
+        self.model_mean, self.model_std = map(torch.tensor, scale)
         actions = self.recorded.actions
         self.low = self.standardised(actions.min(axis=0))
         self.high = self.standardised(actions.max(axis=0))
@@ -121,8 +120,7 @@ class Agent:
     def dream(self, frame, generator):
         """A function: raw actions [N,horizon,interval,A] -> the frames [N,horizon,C,h,w] they lead to.
 
-        Candidates share the frame they start from, which is run once for all of them, and the noise:
-        they differ by actions only.
+        Candidates share frame and noise: they differ by actions only.
         """
         planner = self.planner
         context = self.encode(frame[None])[:, None]
@@ -164,11 +162,9 @@ class Agent:
         target = embed(self.encode(goal[None]), self.model)
         first = -1 if self.planner.look_at == 'last' else 0
 
-        chunk = self.dreams_at_once()
-
         def cost(actions):
             costs = []
-            for some in actions.split(chunk):
+            for some in actions.split(self.dreams_at_once()):
                 frames = imagine(self.raw(some))[:, first:]
                 errors = (embed(frames.flatten(0, 1), self.model) - target).square()
                 costs.append(errors.reshape(len(some), -1).mean(dim=1).cpu())

@@ -23,7 +23,8 @@ from tqdm import tqdm
 import envs
 from configurator import UserError
 from data import Clips
-from evaluate import markdown
+from evaluate import markdown, with_interval
+from machine import write_whole
 from trials import wilson
 
 GOAL_OFFSET, BUDGET = 25, 50  # simulator steps
@@ -164,16 +165,15 @@ def score(agent, what, settings):
                 callables=setters)
         seconds = (time.perf_counter() - start) / len(chosen)
         reached = result['episode_successes'].astype(bool).tolist()
-        low, high = wilson(sum(reached), len(reached))
-        share = f'{100 * np.mean(reached):.0f} [{100 * low:.0f}, {100 * high:.0f}]'
+        percent = [100 * end for end in wilson(sum(reached), len(reached))]
+        share = with_interval(100 * np.mean(reached), percent, digits=0)
         rows[label] = [share, len(reached), f'{seconds:.1f}']
         results[label] = {'reached': reached, 'seconds': seconds}
 
     text = markdown(rows)
-    with open(os.path.join(settings['out_dir'], 'judge.md'), 'w') as f:
-        f.write(text + '\n')
-    with open(os.path.join(settings['out_dir'], 'judge.json'), 'w') as f:
-        json.dump({'settings': settings, 'results': results}, f)
+    path = os.path.join(settings['out_dir'], 'judge')
+    write_whole(f'{path}.md', text + '\n')
+    write_whole(f'{path}.json', json.dumps({'settings': settings, 'results': results}))
     print(text)
     planner = agent.planner
     print(f'{planner.candidates} candidates x {planner.iterations} iterations a plan; '

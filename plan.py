@@ -11,35 +11,25 @@ cem.py looks for actions whose dream ends near the goal. The first of them are a
 simulator, and the plan is made anew from what happened (model-predictive control); trials.py says
 what counts, and what the planner has to beat.
 """
-import itertools
 import json
 import os
-import shutil
 import sys
 import time
-from collections import Counter, defaultdict
+from collections import Counter
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
+from itertools import product
 
 import torch
 from tqdm import tqdm
 
 import envs
+import machine
 import run
 from cem import OBJECTIVES, Agent, cem
 from configurator import UserError, check_choice, configure
-from machine import (
-    RANK,
-    WORLD_SIZE,
-    autocast,
-    barrier,
-    join_processes,
-    leave_processes,
-    name_of,
-    write_whole,
-)
+from machine import RANK, WORLD_SIZE, autocast, write_whole
 from pictures import write_video
-from prepare import begin
 from trials import METHODS, act, arms, by_distance, choose, draw_episodes, films, summarise, table
 
 # settings ---------------------------------------------------------------------
@@ -113,7 +103,7 @@ if __name__ == '__main__':
     settings = configure(globals(), shared=run)
     check_choice('goals', goals, ('recorded', 'random'))
     opened = run.open_run(settings)
-    join_processes()
+    machine.join_processes()
     out_dir = out_dir or run.output_folder(opened.ckpt)
     run.make_folder(out_dir)
     options = {f.name: settings[f.name] for f in fields(Planner) if f.name in settings}
@@ -147,16 +137,9 @@ if __name__ == '__main__':
     for i in range(num_seeds):
         episodes += draw_episodes(world, num_episodes, seed + i, agent.size[0],
                                   goals=goals, goal_steps=goal_steps, budget=budget)
-    finished = os.path.join(out_dir, 'plan.partial')  # a file an episode: a killed run goes on there
-    if RANK == 0:
-        run.make_folder(finished)
-        begin(os.path.join(finished, 'settings.json'), settings)
-    barrier()
-    tasks = list(itertools.product(rows, range(len(episodes))))
-    paths = {task: os.path.join(finished, f'{i:06d}.json') for i, task in enumerate(tasks)}
-    mine = [task for task in tasks[RANK::WORLD_SIZE] if not os.path.exists(paths[task])]
-    reached = Counter()
-    bar = tqdm(mine, unit='episode', disable=RANK > 0)
+    tasks = list(product(rows, range(len(episodes))))
+    bar = tqdm(tasks[RANK::WORLD_SIZE], unit='episode', disable=RANK > 0)
+    mine, reached = {}, Counter()
     for label, i in bar:
         bar.set_description(label)
         method, changed = rows[label]
@@ -165,36 +148,34 @@ if __name__ == '__main__':
         with autocast(opened.device, opened.dtype):
             steps = act(partial(choose, method, agent), agent, world, episodes[i])
         seconds = time.perf_counter() - start
-        row = dict(reached=steps, distance=episodes[i].distance, seconds=seconds)
-        write_whole(paths[label, i], json.dumps(row))
+        mine[label, i] = dict(reached=steps, distance=episodes[i].distance, seconds=seconds)
         reached[label] += steps is not None
         bar.set_postfix_str(f'{reached[label]} reached')
-    barrier()
-    leave_processes()
+    acted = {}
+    for share in machine.gather(mine):
+        acted |= share
+    machine.leave_processes()
     if RANK > 0:
         sys.exit()
 
-    results = defaultdict(list)
-    for (label, _), path in paths.items():
-        with open(path) as f:
-            results[label].append(json.load(f))
-    summaries = {label: summarise(done) for label, done in results.items()}
+    results = {label: [] for label in rows}
+    for label, i in tasks:
+        results[label].append(acted[label, i])
+    summaries = {label: summarise(outcomes) for label, outcomes in results.items()}
     text = table(summaries)
     first = next(iter(rows))
     text += f'\n\n{first}, by the distance at the start (1 is reached):\n\n'
     text += table(by_distance(results[first]))
-    with open(os.path.join(out_dir, 'plan.md'), 'w') as f:
-        f.write(text + '\n')
-    with open(os.path.join(out_dir, 'plan.json'), 'w') as f:
-        settings |= dict(dataset=opened.dataset, num_steps=planner.num_steps,
-                         machine=name_of(opened.device), processes=WORLD_SIZE)
-        json.dump({'settings': settings, 'summaries': summaries, 'episodes': results}, f)
+    settings |= dict(dataset=opened.dataset, num_steps=planner.num_steps,
+                     machine=machine.name_of(opened.device), processes=WORLD_SIZE)
+    report = {'settings': settings, 'summaries': summaries, 'episodes': results}
+    write_whole(os.path.join(out_dir, 'plan.md'), text + '\n')
+    write_whole(os.path.join(out_dir, 'plan.json'), json.dumps(report))
     if num_films:
         agent.planner = planner
         with autocast(opened.device, opened.dtype):
             best = partial(choose, rows[first][0], agent)
             video = films(best, agent, world, episodes[:num_films])
         write_video(os.path.join(out_dir, 'plan.gif'), video, fps=3)
-    shutil.rmtree(finished)
     print(text)
     print(f'{out_dir}: plan.json, plan.md and plan.gif')

@@ -14,7 +14,7 @@ import torch
 
 from cem import cem
 from configurator import UserError
-from evaluate import markdown
+from evaluate import markdown, with_interval
 from pictures import side_by_side, to_pixels
 
 
@@ -30,11 +30,7 @@ class Episode:
 
 
 def draw_episode(world, seed, size, goals='recorded', goal_steps=15, budget=0):
-    """An Episode that begins somewhere along the explorer's way.
-
-    goals: 'recorded' is where the explorer gets in goal_steps, 'random' is world.random_goal.
-    budget: 0 is twice goal_steps. size: of the goal's picture.
-    """
+    """An Episode that begins somewhere along the explorer's way; options as in plan.py."""
     rng = np.random.default_rng([seed, 1])  # as readers.py explores
     world.reset(seed)
     for _ in range(rng.integers(max(1, world.steps - goal_steps))):
@@ -65,8 +61,7 @@ def draw_episodes(world, count, seed, size, **options):
 def act(choose, agent, world, episode, film=None):
     """Plan, act and look, until the goal is reached or the budget spent.
 
-    choose(world, episode, generator, mean): a plan [horizon,interval*A], standardised as the agent
-    has it, and the function that dreams; mean is what is left of the last plan.
+    choose(world, episode, generator, mean): as below; mean is what is left of the last plan.
     film: a list that gets pairs (frame as it was dreamed, frame as it came), both uint8 [H,W,3].
     Returns the steps it took, or None.
     """
@@ -131,10 +126,9 @@ def choose(method, agent, world, episode, generator, mean=None):
         draws = torch.randint(len(agent.recorded), (count,), generator=generator)
         _, candidates = agent.recorded.batch(draws.numpy())
         plan = candidates[cost(candidates).argmin()]
-    elif method == 'wrong':
-        plan = cem(cost_of_another, planner, agent.low, agent.high, generator, mean)
     else:
-        plan = cem(cost, planner, agent.low, agent.high, generator, mean)
+        minimised = cost_of_another if method == 'wrong' else cost
+        plan = cem(minimised, planner, agent.low, agent.high, generator, mean)
     return plan, imagine
 
 
@@ -152,12 +146,10 @@ def arms(vary, kinds):
             columns[key] = [kinds[key](value) for value in values.split(',')]
         except ValueError as e:
             raise UserError(f'vary={vary}: {e}') from e
-    try:
-        combinations = list(zip(*columns.values(), strict=True))
-    except ValueError as e:
-        raise UserError(f'vary={vary}: expected as many values of each') from e
+    if len({len(values) for values in columns.values()}) > 1:
+        raise UserError(f'vary={vary}: expected as many values of each')
     rows = {}
-    for values in combinations:
+    for values in zip(*columns.values(), strict=True):
         changed = dict(zip(columns, values, strict=True))
         label = ', '.join(f'{key}={value}' for key, value in changed.items())
         rows[label] = changed
@@ -220,8 +212,8 @@ def table(summaries):
     """Markdown of {label: summarise(...)}."""
     rows = {'': ['reached, % [95 % interval]', 'episodes', 'steps, median', 's an episode']}
     for label, summary in summaries.items():
-        low, high = summary['interval']
-        reached = f'{100 * summary["rate"]:.0f} [{100 * low:.0f}, {100 * high:.0f}]'
+        percent = [100 * end for end in summary['interval']]
+        reached = with_interval(100 * summary['rate'], percent, digits=0)
         steps = summary['median_steps'] or ''
         rows[label] = [reached, summary['episodes'], steps, f'{summary["seconds"]:.1f}']
     return markdown(rows)

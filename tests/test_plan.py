@@ -9,7 +9,6 @@ import pytest
 import torch
 from conftest import TRAIN, error, inline, run
 
-import trials
 from cem import OBJECTIVES, Agent, cem
 from configurator import UserError
 from envs import make_world
@@ -182,25 +181,6 @@ def test_a_run_leaves_its_table_figures_and_film(planned):
         assert f.read() in printed
     assert {len(rows) for rows in figures(folder).values()} == {2}
     assert list(figures(folder)) == list(METHODS.values())
-
-
-def test_a_killed_run_goes_on_to_the_same_figures(planned, tmp_path, monkeypatch):
-    options, _, folder = planned
-    options = [*options, f'--out_dir={tmp_path}']
-    played = []
-
-    def act_some(*args):
-        if len(played) == 5:
-            raise KeyboardInterrupt
-        played.append(args)
-        return act(*args)
-    monkeypatch.setattr(trials, 'act', act_some)
-    with pytest.raises(KeyboardInterrupt):
-        inline(*options)
-    monkeypatch.undo()
-    assert 'was begun with other settings (iterations)' in error(*options, '--iterations=3')
-    inline(*options)
-    assert figures(tmp_path) == figures(folder)
 
 
 @pytest.mark.slow
