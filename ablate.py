@@ -107,28 +107,29 @@ def compare_arms(arms):
         cells = [cell(runs, key) for key in columns]
         low, high = over_clips(runs, 'gap_psnr')
         gaps = ', '.join(f'{run["means"]["gap_psnr"]:.2f}' for run in runs)
-        rows[value] = [f'{settings["parameters"] / 1e6:.2f} M', f'{settings["train"]["max_steps"]:,}',
-                       *cells, f'{low:.2f} to {high:.2f}', gaps]
+        size, train_steps = settings['parameters'] / 1e6, settings['train']['max_steps']
+        rows[value] = [f'{size:.2f} M', f'{train_steps:,}', *cells,
+                       f'{low:.2f} to {high:.2f}', gaps]
     means = runs[0]['means']  # which the copy has of every arm
     copies = [f'{means[f"copy_{key}"]:.{COLUMNS[key][1]}f}' for key in columns[:-1]]
     rows['copy'] = ['', '', *copies, '', '', '']
 
     curves = {}
     for label, key in {'dream': 'psnr', 'copy': 'copy_psnr', 'wrong actions': 'wrong_psnr'}.items():
-        curves[label] = [over_seeds(runs, key) for runs in arms.values()]
+        curves[label] = {value: over_seeds(runs, key) for value, runs in arms.items()}
     return markdown(rows), {'PSNR, dB': curves}
 
 
 def compare_samplers(lines):
-    """(Markdown, panels of a plot) of {(target, solver): [runs of each number of steps]}."""
+    """(Markdown, panels of a plot) of {(target, solver): {steps: runs}}."""
     tables, panels = [], {}
     for key in STEPS_KEYS:
         title = COLUMNS[key][0]
         rows = {f'{title} by denoising steps a frame': steps}
         panels[title] = {}
         for names, line in lines.items():
-            rows[', '.join(names)] = [cell(runs, key) for runs in line]
-            panels[title][names] = [over_seeds(runs, key) for runs in line]
+            rows[', '.join(names)] = [cell(runs, key) for runs in line.values()]
+            panels[title][names] = {n: over_seeds(runs, key) for n, runs in line.items()}
         tables.append(markdown(rows))
     return '\n\n'.join([*tables, fewest_steps(lines)]), panels
 
@@ -142,15 +143,16 @@ def fewest_steps(lines):
     titles += [f'{solver}: fewest steps within' for solver in solvers]
     rows = {f'{solvers[0]}, {steps[-1]} steps': titles}
     for target in values:
-        most = lines[target, solvers[0]][-1]
+        most = lines[target, solvers[0]][steps[-1]]
         spans = {key: over_clips(most, key) for key in STEPS_KEYS}
         rows[target] = []
         for key, span in spans.items():
             mean, _ = over_seeds(most, key)
             rows[target].append(with_interval(mean, span, COLUMNS[key][1]))
         for solver in solvers:
-            pairs = zip(steps, lines[target, solver], strict=True)
-            rows[target].append(next((n for n, runs in pairs if within(runs, spans)), ''))
+            line = lines[target, solver]
+            reached = [n for n, runs in line.items() if within(runs, spans)]
+            rows[target].append(min(reached, default=''))
     return markdown(rows)
 
 
@@ -233,11 +235,9 @@ if __name__ == '__main__':
             train(folder, options)
             arms[value].append(measure(folder, folder))
     if axis == 'steps':
-        lines = {}  # {(target, solver): [runs of each number of steps]}
-        for value, solver in product(values, solvers):
-            line = lines[value, solver] = []
-            for n in steps:
-                line.append([resampled(run, solver, n) for run in arms[value]])
+        lines = {pair: {} for pair in product(values, solvers)}  # {(target, solver): {steps: runs}}
+        for (value, solver), n in product(lines, steps):
+            lines[value, solver][n] = [resampled(run, solver, n) for run in arms[value]]
         text, panels = compare_samplers(lines)
     else:
         text, panels = compare_arms(arms)
@@ -257,8 +257,6 @@ Intervals: 95 %, bootstrap over the clips, each averaged over the seeds. Evaluat
 """
     path = f'{results_dir}/{axis}_{base_name}'
     write_whole(f'{path}.md', text)
-    if axis == 'steps':
-        plot(f'{path}.png', panels, steps, 'denoising steps a frame', log_ticks=True)
-    else:
-        plot(f'{path}.png', panels, [value.replace('_', '\n') for value in values], axis)
+    xlabel = 'denoising steps a frame' if axis == 'steps' else axis
+    plot(f'{path}.png', panels, xlabel, log_ticks=axis == 'steps')
     print(f'{text}\n{path}.md and .png')

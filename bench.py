@@ -56,11 +56,10 @@ def compare(title, net, context, action, num_steps):
     noise = torch.randn(len(action), num_frames, *context.shape[2:], device=device)
     videos = {}
 
+    @precision
     def roll(cache, num_steps):
-        with precision:
-            videos[cache] = diffusion.sample(net, context, action, num_frames, num_steps,
-                                             noise=noise, context_noise=noise[:len(context)],
-                                             cache=cache)
+        videos[cache] = diffusion.sample(net, context, action, num_frames, num_steps, noise,
+                                         context_noise=noise[:len(context)], cache=cache)
 
     roll(True, 2)  # to warm up; two steps have every shape there is
     roll(False, 1)
@@ -162,6 +161,7 @@ if __name__ == '__main__':
         report('train_clips', batch_size / took, 'clips/s')
         report('train_rate', flops / took / 1e12, 'TFLOP/s')
         report('train_share_of_matmul', 100 * flops / took / rate, '%', 1)
+        del optimizer
 
     if mode in ('data', 'all'):
         random = np.random.default_rng(0)

@@ -16,12 +16,12 @@ from machine import under_results
 # -----------------------------------------------------------------------------
 # what makes a dream close to the goal: the squared distance between what these make of the two
 
-def pixels(frames, model):
+def pixels(frames):
     """As they are: flat as long as an object and the place it should be at do not overlap."""
     return frames
 
 
-def blur(frames, model):
+def blur(frames):
     """Blurred, so that objects feel each other from afar: a lot to find the way, a little to aim."""
     copies = []
     for share in (1 / 32, 3 / 32, 6 / 32):  # the Gaussian's standard deviation, of the picture's side
@@ -37,17 +37,7 @@ def gaussian(side, share, device):
     return weight / weight.sum(dim=1, keepdim=True)
 
 
-def features(frames, model):
-    """What the model's middle block makes of each frame, shown as almost clean."""
-    kept = []
-    block = model.blocks[len(model.blocks) // 2]
-    hook = block.register_forward_hook(lambda block, inputs, output: kept.append(output))
-    model(frames[:, None], torch.full((1, 1), 20, device=frames.device))
-    hook.remove()
-    return kept[0].float()
-
-
-OBJECTIVES = {'pixels': pixels, 'blur': blur, 'features': features}
+OBJECTIVES = {'pixels': pixels, 'blur': blur}
 
 
 # -----------------------------------------------------------------------------
@@ -159,15 +149,13 @@ class Agent:
     def cost(self, imagine, goal):
         """A function for cem: how far from the goal's frame standardised actions lead, [N]."""
         embed = OBJECTIVES[self.planner.objective]
-        target = embed(self.encode(goal[None]), self.model)
-        first = -1 if self.planner.look_at == 'last' else 0
+        target = embed(self.encode(goal[None]))
 
         def cost(actions):
             costs = []
             for some in actions.split(self.dreams_at_once()):
-                frames = imagine(self.raw(some))[:, first:]
-                errors = (embed(frames.flatten(0, 1), self.model) - target).square()
-                costs.append(errors.reshape(len(some), -1).mean(dim=1).cpu())
+                last = imagine(self.raw(some))[:, -1]
+                costs.append((embed(last) - target).square().mean(dim=(1, 2, 3)).cpu())
             return torch.cat(costs)
 
         return cost

@@ -8,9 +8,6 @@ another clip's actions: a model that ignores its actions scores as well with wro
 between right and wrong says how well it listens. `vae` is what a model of latents could reach at
 best. Only predicted frames count, against the original pixels.
 
-PSNR and SSIM are always there, LPIPS, FID and FVD if their networks are (metrics.py), and where
-objects are if objects.py knows the world.
-
 Leaves beside the checkpoint: metrics.json, .md (a table to paste), .png (quality over the horizon)
 and clips.png (the best, median and worst clip); if it is not its folder's latest, under its name.
 """
@@ -138,8 +135,7 @@ def score(predictions, truth, metrics, world=None):
 def summarise(scores):
     """evaluate's scores -> {'means', 'intervals', 'per_frame', 'per_clip'}, each a dict by name.
 
-    gap_ is right minus wrong actions, clip by clip. fid and fvd are one number for the whole set,
-    and among the means only.
+    gap_ is right minus wrong actions, clip by clip. fid and fvd are among the means only.
     """
     scores = {name: values.double() for name, values in scores.items()}
     per_frame = {name: x for name, x in scores.items() if not name.endswith(DISTANCES)}
@@ -169,8 +165,7 @@ def markdown(rows):
     for first, others in rows.items():
         cells = ' | '.join(str(cell) for cell in [first, *others])
         lines.append(f'| {cells} |')
-    columns = 1 + len(next(iter(rows.values())))
-    lines.insert(1, '|' + ' --- |' * columns)
+    lines.insert(1, '|' + ' --- |' * (1 + len(others)))
     return '\n'.join(lines)
 
 
@@ -199,17 +194,16 @@ def table(name, means, intervals):
 
 def best_median_worst(opened, clips, numbers, quality):
     """Contact sheet of three of the clips `numbers` by `quality`, dreamed as they were scored."""
-    order = np.argsort(quality)
-    rows = {'truth': [], 'dream': []}
-    for i in order[[-1, len(order) // 2, 0]]:
-        frames, action = clips.batch(numbers[i:i + 1])
-        x0, action = to_model(frames, opened.device), action.to(opened.device)
+    chosen = np.argsort(quality)[[-1, len(quality) // 2, 0]]
+    frames, action = clips.batch(numbers[chosen])
+    x0, action = to_model(frames, opened.device).split(1), action.to(opened.device).split(1)
+    dreams = []
+    for i, frames, actions in zip(chosen, x0, action, strict=True):
         with autocast(opened.device, opened.dtype):
-            dreamed = dream(opened.model, opened.diffusion, x0, action, opened.context_frames,
-                            opened.num_steps, seed=int(i), **opened.sampler)
-        rows['truth'].append(clips.pixels(numbers[i:i + 1]).movedim(2, -1).numpy())
-        rows['dream'].append(to_pixels(dreamed, opened.vae))
-    rows = {label: np.concatenate(parts) for label, parts in rows.items()}
+            dreams.append(dream(opened.model, opened.diffusion, frames, actions,
+                                opened.context_frames, opened.num_steps, int(i), **opened.sampler))
+    truth = clips.pixels(numbers[chosen]).movedim(2, -1).numpy()
+    rows = {'truth': truth, 'dream': to_pixels(torch.cat(dreams), opened.vae)}
     return contact_sheet(rows, opened.context_frames)
 
 
@@ -222,14 +216,14 @@ def table_of_objects(world, results):
     return markdown(rows)
 
 
-def plot_horizon(path, results, first):
+def plot_horizon(path, results, num_context):
     curves = {}
     for label, prefix in {'dream': '', **BASELINES}.items():
         mean = results['means'].get(f'{prefix}psnr')
         if mean is not None:
-            curves[f'{label}, {mean:.2f} dB'] = results['per_frame'][f'{prefix}psnr']
-    frames = range(first, first + len(results['per_frame']['psnr']))
-    plot(path, {'PSNR over the horizon, dB': curves}, frames, 'frame of the clip')
+            per_frame = results['per_frame'][f'{prefix}psnr']
+            curves[f'{label}, {mean:.2f} dB'] = dict(enumerate(per_frame, start=num_context))
+    plot(path, {'PSNR over the horizon, dB': curves}, 'frame of the clip')
 
 
 def suffix_for(ckpt):
@@ -262,8 +256,8 @@ if __name__ == '__main__':
     clips = opened.held_out(num_frames)
     numbers = clips.fixed(num_clips, seed)
     frame_size = clips.pixels(numbers[:1]).shape[-2:]
-    networks, absent = load_networks(wanted, opened.device, frame_size, num_frames - num_context,
-                                     lpips_net)
+    num_dreamed = num_frames - num_context
+    networks, absent = load_networks(wanted, opened.device, frame_size, num_dreamed, lpips_net)
     world = envs.WORLDS.get(clips.meta.get('what'))
     if not hasattr(world, 'OBJECTS'):
         world = None
@@ -277,8 +271,6 @@ if __name__ == '__main__':
 
     about_objects = {name: scores.pop(name).numpy() for name in list(scores) if '.' in name}
     results = summarise(scores)
-    if not math.isfinite(results['means']['psnr']):
-        raise UserError(f'{opened.ckpt} dreams what is not a number: its weights are broken')
     settings |= {'dataset': opened.dataset, 'num_frames': num_frames, 'context_frames': num_context,
                  'num_steps': opened.num_steps, 'num_clips': len(numbers), 'processes': WORLD_SIZE,
                  'machine': machine.name_of(opened.device), 'train': opened.config,
@@ -286,9 +278,9 @@ if __name__ == '__main__':
     results |= {'settings': settings, 'clips': numbers.tolist(), 'absent': absent}
 
     suffix = suffix_for(opened.ckpt)
-    path = os.path.join(out_dir, f'metrics{suffix}')
+    path = f'{out_dir}/metrics{suffix}'
     sheet = best_median_worst(opened, clips, numbers, results['per_clip']['psnr'])
-    write_picture(os.path.join(out_dir, f'clips{suffix}.png'), sheet)
+    write_picture(f'{out_dir}/clips{suffix}.png', sheet)
     plot_horizon(f'{path}.png', results, num_context)
     name = os.path.basename(os.path.normpath(opened.ckpt))
     text = table(name, results['means'], results['intervals'])

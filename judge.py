@@ -23,9 +23,9 @@ from tqdm import tqdm
 import envs
 from configurator import UserError
 from data import Clips
-from evaluate import markdown, with_interval
+from evaluate import markdown
 from machine import write_whole
-from trials import wilson
+from trials import share
 
 GOAL_OFFSET, BUDGET = 25, 50  # simulator steps
 
@@ -79,31 +79,22 @@ class Recorded:
     def load_chunk(self, episodes, starts, ends):
         chunks = []
         for episode, start, end in zip(episodes, starts, ends, strict=True):
-            first = self.clips.episodes[episode]
+            first, states = self.clips.episodes[episode], []
+            self.world.reset(self.first_seed + episode)
+            for action in self.clips.actions[first:first + end]:
+                states.append(self.world.their_state())
+                self.world.step(action)
             rows = slice(first + start, first + end)
-            states = self.play(episode, self.clips.actions[first:first + end])
             chunks.append({
-                'pixels': torch.from_numpy(np.array(self.clips.frames[rows])),  # [T,3,H,W]
-                'action': torch.from_numpy(np.array(self.clips.actions[rows])),
-                self.world.state_column: torch.from_numpy(states[start:]),
+                'pixels': torch.tensor(self.clips.frames[rows]),  # [T,3,H,W]
+                'action': torch.tensor(self.clips.actions[rows]),
+                self.world.state_column: torch.from_numpy(np.stack(states[start:])),
             })
         return chunks
 
-    def play(self, episode, actions):
-        """The states [T,n] of an episode."""
-        states = []
-        self.world.reset(self.first_seed + episode)
-        for action in actions:
-            states.append(self.world.their_state())
-            self.world.step(action)
-        return np.stack(states)
-
 
 def policies(agent, recorded):
-    """{label: its policy}: our plans by its planner, and what needs no plan.
-
-    recorded [T,N,A]: the actions that led from the starts to the goals.
-    """
+    """{label: its policy}. recorded [T,N,A]: the actions that led from the starts to the goals."""
     from stable_worldmodel.policy import BasePolicy, PlanConfig, RandomPolicy, WorldModelPolicy
     from stable_worldmodel.solver import CEMSolver
 
@@ -165,9 +156,7 @@ def score(agent, what, settings):
                 callables=setters)
         seconds = (time.perf_counter() - start) / len(chosen)
         reached = result['episode_successes'].astype(bool).tolist()
-        percent = [100 * end for end in wilson(sum(reached), len(reached))]
-        share = with_interval(100 * np.mean(reached), percent, digits=0)
-        rows[label] = [share, len(reached), f'{seconds:.1f}']
+        rows[label] = [share(sum(reached), len(reached)), len(reached), f'{seconds:.1f}']
         results[label] = {'reached': reached, 'seconds': seconds}
 
     text = markdown(rows)

@@ -70,7 +70,7 @@ class Logger:
         training = {part[-1]: np.mean([training[step] for step in part]) for part in steps}
         curves = {'training': training, 'held-out clips': held_out}
         path = os.path.join(os.path.dirname(self.path), 'loss.png')
-        plot(path, {'loss': curves}, list(training), 'step')
+        plot(path, {'loss': curves}, 'step')
 
     def picture(self, step, picture):  # uint8 [H,W,3]
         if self.board:

@@ -144,9 +144,8 @@ def fvd_network(device, num_frames):
     def features(clips):
         result = []
         for clip in clips:
-            x = F.interpolate(clip * 2 - 1, (224, 224), mode='bilinear')
-            x = x.transpose(0, 1)[None]  # [1,3,F,224,224]
-            result.append(network(x, rescale=False, resize=True, return_features=True))
+            x = F.interpolate(clip * 2 - 1, (224, 224), mode='bilinear').transpose(0, 1)
+            result.append(network(x[None], rescale=False, resize=True, return_features=True))
         return torch.stack(result)
 
     return features

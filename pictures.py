@@ -86,13 +86,12 @@ def write_video(path, video, fps):
     iio.imwrite(path, video, fps=fps, codec='libx264', plugin='FFMPEG', macro_block_size=1)
 
 
-def plot(path, panels, ticks, xlabel='', log_ticks=False):
+def plot(path, panels, xlabel='', log_ticks=False):
     """Draw curves to a file; where matplotlib is missing, say so and go on.
 
-    panels: {title: {label: n values, or n pairs of a mean and its +-}}, one below the other.
-    ticks: n numbers, for curves, or n names, for points beside each other. A curve that is a dict
-    {x: value} has places of its own.
-    A label that is a pair (target, solver) has its colour by the first and its dash by the second.
+    panels: {title: {label: {x: a number, or a pair of a mean and its +-}}}, one below the other.
+    Where x are names, points are side by side. A label that is a pair (target, solver) has its
+    colour by the first and its dash by the second.
     """
     try:
         from matplotlib.figure import Figure
@@ -102,6 +101,7 @@ def plot(path, panels, ticks, xlabel='', log_ticks=False):
     figure = Figure(figsize=(8, 3.8 * len(panels)), layout='constrained')
     axes = figure.subplots(len(panels), squeeze=False)[:, 0]
     for ax, (title, curves) in zip(axes, panels.items(), strict=True):
+        ticks = list(next(iter(curves.values())))
         draw(ax, curves, ticks)
         if log_ticks:
             ax.set_xscale('log')
@@ -121,21 +121,20 @@ def say_once(line):
 
 def draw(ax, curves, ticks):
     colours, dashes = {}, {}  # of each name seen so far
-    if isinstance(ticks[0], str):
-        ax.set_xticks(range(len(ticks)), ticks)
+    named = isinstance(ticks[0], str)
+    if named:
+        ax.set_xticks(range(len(ticks)), [tick.replace('_', '\n') for tick in ticks])
     else:
         ax.xaxis.get_major_locator().set_params(integer=True)
-    for i, (label, values) in enumerate(curves.items()):
+    for i, (label, points) in enumerate(curves.items()):
         names = label if isinstance(label, tuple) else (label,)
         colour = colours.setdefault(names[0], f'C{len(colours)}')
         dash = dashes.setdefault(names[1:], DASHES[len(dashes) % len(DASHES)])
-        x = ticks
-        if isinstance(ticks[0], str):  # points, side by side so that no error bar hides another
+        x = list(points)
+        if named:  # side by side, so that no error bar hides another
             x = np.arange(len(ticks)) + 0.1 * (i - (len(curves) - 1) / 2)
             dash = 'none'
-        if isinstance(values, dict):
-            x, values = list(values), list(values.values())
-        values = np.reshape(values, (len(values), -1))
+        values = np.reshape(list(points.values()), (len(points), -1))
         mean, error = values[:, 0], values[:, 1:].sum(axis=1)  # without an error its bar is 0 high
         ax.errorbar(x, mean, error, color=colour, linestyle=dash, marker='o', markersize=4,
                     label=', '.join(names))

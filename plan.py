@@ -8,11 +8,9 @@
     torchrun --nproc_per_node=8 plan.py --ckpt=out/wall     # the same figures, sooner
 
 cem.py looks for actions whose dream ends near the goal. The first of them are acted out in the
-simulator, and the plan is made anew from what happened (model-predictive control); trials.py says
-what counts, and what the planner has to beat.
+simulator, and the plan is made anew from what happened (model-predictive control, trials.py).
 """
 import json
-import os
 import sys
 import time
 from collections import Counter
@@ -30,16 +28,15 @@ from cem import OBJECTIVES, Agent, cem
 from configurator import UserError, check_choice, configure
 from machine import RANK, WORLD_SIZE, autocast, write_whole
 from pictures import write_video
-from trials import METHODS, act, arms, by_distance, choose, draw_episodes, films, summarise, table
+from trials import METHODS, act, arms, by_distance, choose, draw_episodes, films, table
 
 # settings ---------------------------------------------------------------------
 # what is asked for; times are in steps of the simulator
 goals = 'recorded'  # where the explorer got to in goal_steps, or random: wherever the world says
 goal_steps = 15  # [>= 1]
 budget = 0  # steps to get there; 0 is twice goal_steps [>= 0]
-num_episodes = 50  # for each seed [>= 1]
-num_seeds = 1  # [>= 1]
-seed = 0  # the first; episodes of other seeds have nothing in common [>= 0]
+num_episodes = 50  # [>= 1]
+seed = 0  # episodes of other seeds have nothing in common [>= 0]
 baselines = True  # the same episodes by lesser means, and by the true simulator
 simulator = False  # plan in the true simulator only: the ceiling
 vary = ''  # a row for each value instead: num_steps=1,2 or candidates=32,128 iterations=16,4
@@ -54,8 +51,7 @@ horizon = 5  # length of a plan [>= 1]
 execute = 5  # how much of it is acted out before planning anew [>= 1]
 first_std = 1.0  # of the first candidates, in standard deviations of the data's actions [> 0]
 min_std = 1e-3  # candidates never get closer to each other [>= 0]
-objective = 'blur'  # what makes a dream close to the goal: pixels, blur or features
-look_at = 'last'  # frame of the dream, or all of them
+objective = 'blur'  # how the last frame of a dream is compared with the goal: blur or pixels
 memory = 2.0  # GB that dreams may take; fewer are dreamed at once if need be [> 0]
 # ------------------------------------------------------------------------------
 
@@ -71,14 +67,12 @@ class Planner:
     first_std: float = first_std
     min_std: float = min_std
     objective: str = objective
-    look_at: str = look_at
     memory: float = memory
     num_steps: int = 1  # of denoising
     sampler: dict = field(default_factory=dict)  # options of Diffusion.sample
 
     def __post_init__(self):
         check_choice('objective', self.objective, OBJECTIVES)
-        check_choice('look_at', self.look_at, ('last', 'all'))
         if self.elites > self.candidates:
             raise UserError(f'elites={self.elites}: expected at most candidates={self.candidates}')
         if self.execute > self.horizon:
@@ -123,20 +117,18 @@ if __name__ == '__main__':
             score(agent, what, settings | {'out_dir': out_dir})
         sys.exit()
 
-    kinds = {f.name: f.type for f in fields(Planner)}
     rows = {METHODS['plan']: ('plan', {})}  # of the table: how, and what is changed of the planner
     if simulator:
         rows = {METHODS['simulator']: ('simulator', {})}
     elif vary:
+        kinds = {f.name: f.type for f in fields(Planner)}
         rows = {label: ('plan', changed) for label, changed in arms(vary, kinds).items()}
     elif baselines:
         rows = {label: (method, {}) for method, label in METHODS.items()}
 
     world = envs.make_world(what)
-    episodes = []
-    for i in range(num_seeds):
-        episodes += draw_episodes(world, num_episodes, seed + i, agent.size[0],
-                                  goals=goals, goal_steps=goal_steps, budget=budget)
+    episodes = draw_episodes(world, num_episodes, seed, agent.size[0], goals=goals,
+                             goal_steps=goal_steps, budget=budget)
     tasks = list(product(rows, range(len(episodes))))
     bar = tqdm(tasks[RANK::WORLD_SIZE], unit='episode', disable=RANK > 0)
     mine, reached = {}, Counter()
@@ -161,21 +153,18 @@ if __name__ == '__main__':
     results = {label: [] for label in rows}
     for label, i in tasks:
         results[label].append(acted[label, i])
-    summaries = {label: summarise(outcomes) for label, outcomes in results.items()}
-    text = table(summaries)
     first = next(iter(rows))
-    text += f'\n\n{first}, by the distance at the start (1 is reached):\n\n'
+    text = table(results) + f'\n\n{first}, by the distance at the start (1 is reached):\n\n'
     text += table(by_distance(results[first]))
     settings |= dict(dataset=opened.dataset, num_steps=planner.num_steps,
                      machine=machine.name_of(opened.device), processes=WORLD_SIZE)
-    report = {'settings': settings, 'summaries': summaries, 'episodes': results}
-    write_whole(os.path.join(out_dir, 'plan.md'), text + '\n')
-    write_whole(os.path.join(out_dir, 'plan.json'), json.dumps(report))
+    write_whole(f'{out_dir}/plan.md', text + '\n')
+    write_whole(f'{out_dir}/plan.json', json.dumps({'settings': settings, 'episodes': results}))
     if num_films:
         agent.planner = planner
         with autocast(opened.device, opened.dtype):
             best = partial(choose, rows[first][0], agent)
             video = films(best, agent, world, episodes[:num_films])
-        write_video(os.path.join(out_dir, 'plan.gif'), video, fps=3)
+        write_video(f'{out_dir}/plan.gif', video, fps=3)
     print(text)
     print(f'{out_dir}: plan.json, plan.md and plan.gif')

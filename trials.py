@@ -1,13 +1,13 @@
 """A planner on trial: from a start to a goal in a true simulator, and how often it gets there.
 
-The world says when a goal is reached, and is asked after every step. Episodes that are solved before
-they begin do not count, and a planner's share means something only beside that of standing still, of
-random actions, and of the same planner in the true simulator.
+The world says when a goal is reached, and is asked after every step. A planner's share means
+something only beside that of standing still, of random actions, and of the same planner in the true
+simulator.
 """
 import math
-import operator
 import statistics
 from dataclasses import dataclass
+from operator import itemgetter
 
 import numpy as np
 import torch
@@ -62,7 +62,7 @@ def act(choose, agent, world, episode, film=None):
     """Plan, act and look, until the goal is reached or the budget spent.
 
     choose(world, episode, generator, mean): as below; mean is what is left of the last plan.
-    film: a list that gets pairs (frame as it was dreamed, frame as it came), both uint8 [H,W,3].
+    film: a list that gets pairs (frame as dreamed, frame as it came), both uint8 [H,W,3].
     Returns the steps it took, or None.
     """
     world.reset(episode.seed)
@@ -103,10 +103,7 @@ METHODS = {
 
 
 def choose(method, agent, world, episode, generator, mean=None):
-    """A plan by one of METHODS, standardised [horizon,interval*A], and the function that dreams it.
-
-    mean: where cem begins.
-    """
+    """A plan by one of METHODS [horizon,interval*A], standardised, and what dreams it."""
     planner = agent.planner
     imagine = agent.dream(world.render(agent.size[0]), generator)
     if method == 'simulator':
@@ -159,7 +156,7 @@ def arms(vary, kinds):
 # -----------------------------------------------------------------------------
 # what is shown
 
-def picture_of(world, agent):
+def picture_of(world, agent):  # uint8 [H,W,3]
     return world.render(agent.size[0]).transpose(1, 2, 0)
 
 
@@ -167,20 +164,18 @@ def films(choose, agent, world, episodes):
     """Video uint8 [T,H,W,3]: what the plans dreamed, above what then happened, above the goal."""
     taken = []
     for episode in episodes:
-        film = []
-        act(choose, agent, world, episode, film)
         world.set_state(episode.start)
         start = picture_of(world, agent)
-        taken.append([(start, start), *film])
+        taken.append([(start, start)])
+        act(choose, agent, world, episode, taken[-1])
     length = max(len(film) for film in taken)
-    rows = {'dream': [], 'world': [], 'goal': []}
-    for film, episode in zip(taken, episodes, strict=True):
+    for film in taken:
         film += [film[-1]] * (length - len(film))
-        dreamed, happened = zip(*film, strict=True)
-        rows['dream'].append(dreamed)
-        rows['world'].append(happened)
-        rows['goal'].append([episode.picture.transpose(1, 2, 0)] * length)
-    return side_by_side({label: np.array(clips) for label, clips in rows.items()}, num_context=1)
+    seen = np.array(taken)  # [B,T,2,H,W,3]
+    goals = np.array([episode.picture for episode in episodes]).transpose(0, 2, 3, 1)
+    goals = goals[:, None].repeat(length, axis=1)
+    rows = {'dream': seen[:, :, 0], 'world': seen[:, :, 1], 'goal': goals}
+    return side_by_side(rows, num_context=1)
 
 
 # -----------------------------------------------------------------------------
@@ -195,35 +190,28 @@ def wilson(successes, count, z=1.96):
     return (centre - spread) / scale, (centre + spread) / scale
 
 
-def summarise(rows):
-    """One line of the table, of episodes {'reached': steps or None, 'seconds', 'distance'}."""
-    steps = [row['reached'] for row in rows if row['reached']]
-    return {
-        'episodes': len(rows),
-        'reached': len(steps),
-        'rate': len(steps) / len(rows),
-        'interval': wilson(len(steps), len(rows)),
-        'median_steps': statistics.median(steps) if steps else None,
-        'seconds': statistics.mean(row['seconds'] for row in rows),
-    }
+def share(successes, count):
+    """'88 [76, 94]': percent, and their 95 % interval."""
+    percent = [100 * end for end in wilson(successes, count)]
+    return with_interval(100 * successes / count, percent, digits=0)
 
 
-def table(summaries):
-    """Markdown of {label: summarise(...)}."""
+def table(results):
+    """Markdown of {label: episodes}, each {'reached': steps or None, 'seconds': ...}."""
     rows = {'': ['reached, % [95 % interval]', 'episodes', 'steps, median', 's an episode']}
-    for label, summary in summaries.items():
-        percent = [100 * end for end in summary['interval']]
-        reached = with_interval(100 * summary['rate'], percent, digits=0)
-        steps = summary['median_steps'] or ''
-        rows[label] = [reached, summary['episodes'], steps, f'{summary["seconds"]:.1f}']
+    for label, episodes in results.items():
+        steps = [episode['reached'] for episode in episodes if episode['reached']]
+        median = statistics.median(steps) if steps else ''
+        seconds = statistics.mean(episode['seconds'] for episode in episodes)
+        rows[label] = [share(len(steps), len(episodes)), len(episodes), median, f'{seconds:.1f}']
     return markdown(rows)
 
 
-def by_distance(rows):
-    """{label: summarise(...)} of a third of the episodes each: near, farther, far."""
-    rows = sorted(rows, key=operator.itemgetter('distance'))
+def by_distance(episodes):
+    """table's results of a third of the episodes each: near, farther, far."""
     thirds = {}
-    for part in np.array_split(rows, min(3, len(rows))):
-        nearest, farthest = part[0]['distance'], part[-1]['distance']
-        thirds[f'{nearest:.1f} to {farthest:.1f} away'] = summarise(part)
+    for part in np.array_split(sorted(episodes, key=itemgetter('distance')), 3):
+        if len(part):
+            nearest, farthest = part[0]['distance'], part[-1]['distance']
+            thirds[f'{nearest:.1f} to {farthest:.1f} away'] = part
     return thirds

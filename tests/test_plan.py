@@ -133,7 +133,7 @@ def test_blurred_pictures_feel_a_distance_that_pixels_do_not(opened):
         shown[place] = torch.from_numpy(world.render(32))[None] / 127.5 - 1
     ratio = {}
     for name in ('pixels', 'blur'):
-        embedded = {place: OBJECTIVES[name](x, None) for place, x in shown.items()}
+        embedded = {place: OBJECTIVES[name](x) for place, x in shown.items()}
         far, near = ((embedded[place] - embedded[0.85]).square().mean() for place in (0.15, 0.5))
         ratio[name] = far / near
     assert ratio['pixels'] < 1.01 < 1.1 < ratio['blur']
@@ -141,7 +141,7 @@ def test_blurred_pictures_feel_a_distance_that_pixels_do_not(opened):
 
 @pytest.mark.parametrize('objective', OBJECTIVES)
 def test_every_objective_is_zero_at_the_goal_only(opened, frames, objective):
-    agent = Agent(*opened, Planner(**SMALL, objective=objective, look_at='all'))
+    agent = Agent(*opened, Planner(**SMALL, objective=objective))
     with torch.no_grad():
         for picture, reached in ((frames[1], True), (frames[0], False)):
             still = agent.encode(np.stack([picture] * 6)).unflatten(0, (2, 3))
@@ -204,8 +204,7 @@ def test_vary_makes_a_row_for_each_value(planned, tmp_path):
 
 @pytest.mark.parametrize('option, said', [
     ('--goals=some', "goals='some': expected one of recorded, random"),
-    ('--objective=lpips', "objective='lpips': expected one of pixels, blur, features"),
-    ('--look_at=first', "look_at='first': expected one of last, all"),
+    ('--objective=lpips', "objective='lpips': expected one of pixels, blur"),
     ('--elites=9', 'elites=9: expected at most candidates=8'),
     ('--execute=4', 'execute=4: expected at most horizon=3'),
     ('--vary=seed=1', 'vary=seed=1: expected settings of the planner'),
