@@ -34,31 +34,17 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 STEPS_KEYS = ('psnr', 'ssim', 'gap_psnr')  # what the steps axis shows
 
 
-def words(key, text):
-    """'--a=1 --b=2' -> ['--a=1', '--b=2'], quoted as in a shell. Raises UserError."""
-    try:
-        return shlex.split(text)
-    except ValueError as e:
-        raise UserError(f'{key}={text!r}: {e}') from e
-
-
 def call(script, *options):
     """Run train.py or evaluate.py; Ctrl-C and SIGTERM are passed on, so that a training saves."""
     command = [*(launch or [sys.executable]), os.path.join(HERE, script), *options]
     # in a session of its own: otherwise the terminal's Ctrl-C would reach it twice
     child = subprocess.Popen(command, start_new_session=True)
-    received = []
-
-    def pass_on(signum, frame):
-        received.append(signum)
-        child.send_signal(signum)
-
-    handlers = {s: signal.signal(s, pass_on) for s in (signal.SIGINT, signal.SIGTERM)}
-    code = child.wait()
-    for s, handler in handlers.items():
-        signal.signal(s, handler)
-    if received:
-        raise UserError('interrupted; the same ablate.py command goes on')
+    try:
+        code = child.wait()
+    except KeyboardInterrupt as e:
+        child.terminate()
+        child.wait()
+        raise UserError('interrupted; the same ablate.py command goes on') from e
     if code:
         raise UserError(f'{shlex.join(command)} ended with {code}; '
                         'the same ablate.py command goes on once that is mended')
@@ -82,14 +68,10 @@ def measure(ckpt, folder, *options):
         return json.load(f)
 
 
-def resampled(runs, solver, n):
-    """The metrics of trained arms with another solver and n steps a frame."""
-    results = []
-    for run in runs:
-        folder = run['settings']['ckpt']
-        results.append(measure(folder, f'{folder}/{solver}-{n}',
-                               f'--solver={solver}', f'--num_steps={n}'))
-    return results
+def resampled(run, solver, n):
+    """The metrics of a trained arm with another solver and n steps a frame."""
+    folder = run['settings']['ckpt']
+    return measure(folder, f'{folder}/{solver}-{n}', f'--solver={solver}', f'--num_steps={n}')
 
 
 # -----------------------------------------------------------------------------
@@ -110,11 +92,8 @@ def over_clips(runs, key):
 
 def cell(runs, key):
     """'mean ± standard deviation' over the seeds, or just the number where there is one seed."""
-    digits = COLUMNS[key][1]
-    mean, deviation = over_seeds(runs, key)
-    if len(runs) == 1:
-        return f'{mean:.{digits}f}'
-    return f'{mean:.{digits}f} ± {deviation:.{digits}f}'
+    texts = [f'{number:.{COLUMNS[key][1]}f}' for number in over_seeds(runs, key)]
+    return ' ± '.join(texts[:len(runs)])
 
 
 def compare_arms(arms):
@@ -124,12 +103,12 @@ def compare_arms(arms):
     titles = [COLUMNS[key][0] for key in columns]
     rows = {axis: ['parameters', 'steps', *titles, '95 % interval', 'gap by seed']}
     for value, runs in arms.items():
-        millions = runs[0]['settings']['parameters'] / 1e6
-        train_steps = runs[0]['settings']['train']['max_steps']
+        settings = runs[0]['settings']
         cells = [cell(runs, key) for key in columns]
         low, high = over_clips(runs, 'gap_psnr')
         gaps = ', '.join(f'{run["means"]["gap_psnr"]:.2f}' for run in runs)
-        rows[value] = [f'{millions:.2f} M', f'{train_steps:,}', *cells,
+        size, train_steps = settings['parameters'] / 1e6, settings['train']['max_steps']
+        rows[value] = [f'{size:.2f} M', f'{train_steps:,}', *cells,
                        f'{low:.2f} to {high:.2f}', gaps]
     means = runs[0]['means']  # which the copy has of every arm
     copies = [f'{means[f"copy_{key}"]:.{COLUMNS[key][1]}f}' for key in columns[:-1]]
@@ -137,20 +116,20 @@ def compare_arms(arms):
 
     curves = {}
     for label, key in {'dream': 'psnr', 'copy': 'copy_psnr', 'wrong actions': 'wrong_psnr'}.items():
-        curves[label] = [over_seeds(runs, key) for runs in arms.values()]
+        curves[label] = {value: over_seeds(runs, key) for value, runs in arms.items()}
     return markdown(rows), {'PSNR, dB': curves}
 
 
 def compare_samplers(lines):
-    """(Markdown, panels of a plot) of {(target, solver): [runs of each number of steps]}."""
+    """(Markdown, panels of a plot) of {(target, solver): {steps: runs}}."""
     tables, panels = [], {}
     for key in STEPS_KEYS:
         title = COLUMNS[key][0]
         rows = {f'{title} by denoising steps a frame': steps}
         panels[title] = {}
         for names, line in lines.items():
-            rows[', '.join(names)] = [cell(runs, key) for runs in line]
-            panels[title][names] = [over_seeds(runs, key) for runs in line]
+            rows[', '.join(names)] = [cell(runs, key) for runs in line.values()]
+            panels[title][names] = {n: over_seeds(runs, key) for n, runs in line.items()}
         tables.append(markdown(rows))
     return '\n\n'.join([*tables, fewest_steps(lines)]), panels
 
@@ -164,19 +143,22 @@ def fewest_steps(lines):
     titles += [f'{solver}: fewest steps within' for solver in solvers]
     rows = {f'{solvers[0]}, {steps[-1]} steps': titles}
     for target in values:
-        most = lines[target, solvers[0]][-1]
+        most = lines[target, solvers[0]][steps[-1]]
+        spans = {key: over_clips(most, key) for key in STEPS_KEYS}
         rows[target] = []
-        reached = {solver: set(steps) for solver in solvers}
-        for key in STEPS_KEYS:
-            low, high = over_clips(most, key)
+        for key, span in spans.items():
             mean, _ = over_seeds(most, key)
-            rows[target].append(with_interval(mean, (low, high), COLUMNS[key][1]))
-            for solver in solvers:
-                for n, runs in zip(steps, lines[target, solver], strict=True):
-                    if not low <= over_seeds(runs, key)[0] <= high:
-                        reached[solver].discard(n)
-        rows[target] += [min(reached[solver], default='') for solver in solvers]
+            rows[target].append(with_interval(mean, span, COLUMNS[key][1]))
+        for solver in solvers:
+            line = lines[target, solver]
+            reached = [n for n, runs in line.items() if within(runs, spans)]
+            rows[target].append(min(reached, default=''))
     return markdown(rows)
+
+
+def within(runs, spans):
+    """Whether the mean of every metric lies in its span [low, high]."""
+    return all(low <= over_seeds(runs, key)[0] <= high for key, (low, high) in spans.items())
 
 
 def numbers(key, text, least):
@@ -206,15 +188,15 @@ if __name__ == '__main__':
     results_dir = 'results'
     # --------------------------------------------------------------------------
     configure(globals(), argv=argv)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # it ends like Ctrl-C
     seeds, steps = numbers('seeds', seeds, 0), sorted(numbers('steps', steps, 1))
     solvers = check_choices('solvers', solvers, SOLVERS) or list(SOLVERS)
-    launch, train_options = words('launch', launch), words('train_options', train_options)
-    eval_options = words('eval_options', eval_options)
+    launch, train_options = shlex.split(launch), shlex.split(train_options)
+    eval_options = shlex.split(eval_options)
     out_dir = os.path.abspath(under_results(out_dir))
 
     # the arm that the axes share: what the base says, and where it says nothing this
-    shared = {'pred_name': 'v', 'injection': 'additive'}
-    shared |= {'hidden_size': 128, 'depth': 4, 'num_heads': 4}
+    shared = dict(pred_name='v', injection='additive', hidden_size=128, depth=4, num_heads=4)
     shared |= run_config_file(base)
     width, depth, heads = shared['hidden_size'], shared['depth'], shared['num_heads']
     size = shared.get('model_size') or f'{width}x{depth}'
@@ -237,8 +219,8 @@ if __name__ == '__main__':
     varied = 'target' if axis == 'steps' else axis
     values = check_choices('only', only, axes[varied]) or list(axes[varied])
 
-    for folder in (out_dir, results_dir):
-        make_folder(folder)
+    make_folder(out_dir)
+    make_folder(results_dir)
 
     # train and evaluate
     arms = {value: [] for value in values}  # {value: runs}
@@ -253,9 +235,9 @@ if __name__ == '__main__':
             train(folder, options)
             arms[value].append(measure(folder, folder))
     if axis == 'steps':
-        lines = {}  # {(target, solver): [runs of each number of steps]}
-        for value, solver in product(values, solvers):
-            lines[value, solver] = [resampled(arms[value], solver, n) for n in steps]
+        lines = {pair: {} for pair in product(values, solvers)}  # {(target, solver): {steps: runs}}
+        for (value, solver), n in product(lines, steps):
+            lines[value, solver][n] = [resampled(run, solver, n) for run in arms[value]]
         text, panels = compare_samplers(lines)
     else:
         text, panels = compare_arms(arms)
@@ -275,8 +257,6 @@ Intervals: 95 %, bootstrap over the clips, each averaged over the seeds. Evaluat
 """
     path = f'{results_dir}/{axis}_{base_name}'
     write_whole(f'{path}.md', text)
-    if axis == 'steps':
-        plot(f'{path}.png', panels, steps, 'denoising steps a frame', log_ticks=True)
-    else:
-        plot(f'{path}.png', panels, [value.replace('_', '\n') for value in values], axis)
+    xlabel = 'denoising steps a frame' if axis == 'steps' else axis
+    plot(f'{path}.png', panels, xlabel, log_ticks=axis == 'steps')
     print(f'{text}\n{path}.md and .png')

@@ -9,15 +9,13 @@ files are train.py's: what does not matter to speed is passed over. Prints a tab
 import json
 import math
 import os
-import resource
-import sys
 import tempfile
 from functools import partial
 
 import numpy as np
 import torch
 
-from configurator import UserError, check_choice, check_context, configure
+from configurator import check_choice, check_context, configure
 from data import Clips, to_model
 from diffusion import Diffusion
 from machine import autocast, matmul_rate, name_of, pick_device, pick_dtype, seconds, under_results, write_whole
@@ -53,17 +51,16 @@ def without_zeros(model):
     return model
 
 
-def compare(title, net, context, action, num_steps, **options):
+def compare(title, net, context, action, num_steps):
     """Report the frames/s of a rollout, cached and plain in turns, and how far the videos differ."""
     num_frames = action.shape[1]
     noise = torch.randn(len(action), num_frames, *context.shape[2:], device=device)
     videos = {}
 
+    @precision
     def roll(cache, num_steps):
-        with precision:
-            videos[cache] = diffusion.sample(net, context, action, num_frames, num_steps,
-                                             noise=noise, context_noise=noise[:len(context)],
-                                             cache=cache, **options)
+        videos[cache] = diffusion.sample(net, context, action, num_frames, num_steps, noise,
+                                         context_noise=noise[:len(context)], cache=cache)
 
     roll(True, 2)  # to warm up; two steps have every shape there is
     roll(False, 1)
@@ -110,10 +107,7 @@ if __name__ == '__main__':
     # rollouts
     context_frames = 1  # given frames [>= 1]
     rollout_frames = 0  # context included; 0 is the model's window [>= 0]
-    history = 0  # frames that a window which slid keeps; 0 is all but one [>= 0]
-    rollouts = 1  # at once [>= 1]
     sample_steps = 10  # per frame [>= 1]
-    schedule = 'sequential'
     cem_rollouts = 8  # of 5 frames from one shared frame, as planning asks for [>= 1]
     cem_steps = 4  # per frame [>= 1]
     # --------------------------------------------------------------------------
@@ -121,8 +115,6 @@ if __name__ == '__main__':
     check_choice('mode', mode, ('train', 'rollout', 'data', 'all'))
     out = under_results(out)
     make_folder(os.path.dirname(out) or '.')
-    if os.path.isdir(out):
-        raise UserError(f'out={out} is a folder: expected a file to write')
     rollout_frames = rollout_frames or num_frames
     check_context(context_frames, rollout_frames)
     device = pick_device(device)
@@ -134,9 +126,8 @@ if __name__ == '__main__':
     result['settings'] = settings
 
     # data and model
-    if dataset and os.path.exists(under_results(dataset)):
-        dataset = under_results(dataset)
-    else:
+    dataset = under_results(dataset)
+    if not os.path.exists(f'{dataset}/meta.json'):
         folder = tempfile.TemporaryDirectory()
         rows = 64 * num_frames * frame_interval
         dataset = random_dataset(folder.name, frame_shape, action_dim, rows)
@@ -184,12 +175,12 @@ if __name__ == '__main__':
         report('data', batch_size / wait, 'clips/s', 0)
 
     if mode in ('rollout', 'all'):
-        context = torch.randn(rollouts, context_frames, *frame_shape, device=device)
-        action = torch.randn(rollouts, rollout_frames, A, device=device)
-        compare('rollout', net, context, action, sample_steps, schedule=schedule, history=history)
+        context = torch.randn(1, context_frames, *frame_shape, device=device)
+        action = torch.randn(1, rollout_frames, A, device=device)
+        compare('rollout', net, context, action, sample_steps)
 
         # one interactive frame: from an action to the picture it leads to
-        past = history or num_frames - 1
+        past = num_frames - 1
         context = torch.randn(1, past, *frame_shape, device=device)
         action = torch.randn(1, past + 1, A, device=device)
         frame = partial(diffusion.sample, net, context, action, past + 1, sample_steps)
@@ -204,12 +195,7 @@ if __name__ == '__main__':
         action = torch.randn(cem_rollouts, 6, A, device=device)
         compare('cem', net, context, action, cem_steps)
 
-    peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    if sys.platform == 'darwin':  # which counts bytes; others count KiB
-        peak /= 1024
     if device.startswith('cuda'):
-        peak = torch.cuda.max_memory_allocated()
-    report('peak_memory', peak / 2 ** 30, 'GiB')
-
+        report('peak_memory', torch.cuda.max_memory_allocated() / 2 ** 30, 'GiB')
     write_whole(out, json.dumps(result, indent=1))
     print(out)

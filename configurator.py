@@ -86,32 +86,29 @@ class Setting:
     """One line of a script's settings."""
     default: Any
     type: str  # int, float, str, bool or tuple, or two of them like bool | str
-    text: str  # the default as it is written
-    comment: str
     bound: str  # '>= 1', '> 0', '0 to 1' or None
+
+
+def settings_block(namespace):
+    """Pairs (line, match) of the lines between the two rules; a heading matches no SETTING."""
+    with open(namespace['__file__']) as f:
+        lines = BLOCK.search(f.read())[1].splitlines()
+    return [(line, SETTING.fullmatch(line)) for line in lines]
 
 
 def read_settings(namespace):
     """{key: Setting} of the script or module with these globals."""
     settings = {}
-    for line in settings_block(namespace):
-        match = SETTING.fullmatch(line)
+    for _, match in settings_block(namespace):
         if match:
-            key, annotation, text, comment, bound = match.groups()
+            key, annotation, _, _, bound = match.groups()
             kind = annotation or type(namespace[key]).__name__
-            settings[key] = Setting(namespace[key], kind, text, comment or '', bound)
+            settings[key] = Setting(namespace[key], kind, bound)
     return settings
 
 
-def settings_block(namespace):
-    """The lines between the two rules."""
-    with open(namespace['__file__']) as f:
-        return BLOCK.search(f.read())[1].splitlines()
-
-
 def print_help(namespace):
-    for line in settings_block(namespace):
-        match = SETTING.fullmatch(line)
+    for line, match in settings_block(namespace):
         if match:
             key, _, text, comment, _ = match.groups()
             option = f'--{key}={text}'
@@ -137,18 +134,15 @@ def parse(text, setting):
 def within(value, bound):
     """Whether a value keeps a bound like '>= 1', '> 0' or '0 to 1'."""
     *low, sign, limit = bound.split()
-    if sign == 'to':
-        return float(low[0]) <= value <= float(limit)
+    if sign == '>':
+        return value > float(limit)
     if sign == '>=':
         return value >= float(limit)
-    return value > float(limit)
+    return float(low[0]) <= value <= float(limit)
 
 
 def checked(key, value, settings, source):
-    """The value as it will be used.
-
-    Raises UserError for an unknown key, a wrong type or a value out of bounds.
-    """
+    """The value as it will be used. Raises UserError."""
     if key not in settings:
         nearest = difflib.get_close_matches(key, settings, n=1, cutoff=0)[0]
         raise UserError(f'{source}: unknown key {key!r}; did you mean {nearest!r}? '
@@ -192,7 +186,7 @@ def configure(namespace, shared=None, argv=None, strict=True):
     settings = own = read_settings(namespace)
     if shared:
         settings = own | read_settings(vars(shared))
-    if '--help' in argv or '-h' in argv:
+    if '--help' in argv:
         print(namespace['__doc__'].strip(), '\n\nSettings:')
         print_help(namespace)
         if shared:

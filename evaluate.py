@@ -8,14 +8,8 @@ another clip's actions: a model that ignores its actions scores as well with wro
 between right and wrong says how well it listens. `vae` is what a model of latents could reach at
 best. Only predicted frames count, against the original pixels.
 
-PSNR and SSIM are always there; LPIPS, FID (pip install -e '.[eval]') and FVD are if their weights
-are (metrics.py). What is absent is named, with the command that fetches it.
-
-Of a world with a simulator, objects.py says besides whether things are where they should be.
-
-Leaves beside the checkpoint: metrics.json, metrics.md (a table to paste), metrics.png (quality over
-the horizon) and clips.png (the best, the median and the worst clip). For a checkpoint that is not
-its folder's latest they carry its name: metrics-step_0010000.json.
+Leaves beside the checkpoint: metrics.json, .md (a table to paste), .png (quality over the horizon)
+and clips.png (the best, median and worst clip); if it is not its folder's latest, under its name.
 """
 import json
 import math
@@ -24,26 +18,19 @@ import sys
 import time
 from collections import defaultdict
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
 import envs
+import machine
 import objects
 import run
 from configurator import UserError, check_choice, check_choices, check_context, configure
 from data import to_model
-from machine import (
-    RANK,
-    WORLD_SIZE,
-    autocast,
-    gather,
-    join_processes,
-    leave_processes,
-    name_of,
-    write_whole,
-)
+from machine import RANK, WORLD_SIZE, autocast, write_whole
 from metrics import DISTANCES, NETWORKS, frechet, interval, load_networks, psnr, ssim
 from pictures import contact_sheet, plot, to_pixels, write_picture
 from sample import dream
@@ -75,9 +62,8 @@ def evaluate(model, diffusion, clips, numbers, num_context, num_steps, **options
     """Score the predicted frames of clips `numbers`; several processes share the clips.
 
     options: the fields of Options. Returns {name: [num_clips, predicted]} for psnr, ssim and lpips
-    (if it is among the networks) of the dream, and under copy_, wrong_ and, with a VAE, vae_ of the
-    baselines. fid and fvd are features [num_clips, n, d], also under truth_. With a world there are
-    the scores of objects.compare too.
+    of the dream, and under copy_, wrong_ and, with a VAE, vae_ of the baselines. fid and fvd are
+    features [num_clips, n, d], also under truth_. A world adds the scores of objects.compare.
     """
     options = Options(**options)
     check_enough(numbers)
@@ -119,8 +105,7 @@ def evaluate(model, diffusion, clips, numbers, num_context, num_steps, **options
         for name, values in score(predictions, truth, metrics, options.world).items():
             scores[name].append(values)
     bar.close()
-    scores = {name: torch.cat(parts) for name, parts in scores.items()}
-    shares = gather(scores)
+    shares = machine.gather({name: torch.cat(parts) for name, parts in scores.items()})
     return {name: torch.cat([part[name] for part in shares])[:len(numbers)] for name in scores}
 
 
@@ -150,8 +135,7 @@ def score(predictions, truth, metrics, world=None):
 def summarise(scores):
     """evaluate's scores -> {'means', 'intervals', 'per_frame', 'per_clip'}, each a dict by name.
 
-    gap_ is right minus wrong actions, clip by clip. fid and fvd are one number for the whole set,
-    and among the means only.
+    gap_ is right minus wrong actions, clip by clip. fid and fvd are among the means only.
     """
     scores = {name: values.double() for name, values in scores.items()}
     per_frame = {name: x for name, x in scores.items() if not name.endswith(DISTANCES)}
@@ -181,8 +165,7 @@ def markdown(rows):
     for first, others in rows.items():
         cells = ' | '.join(str(cell) for cell in [first, *others])
         lines.append(f'| {cells} |')
-    columns = 1 + len(next(iter(rows.values())))
-    lines.insert(1, '|' + ' --- |' * columns)
+    lines.insert(1, '|' + ' --- |' * (1 + len(others)))
     return '\n'.join(lines)
 
 
@@ -200,28 +183,27 @@ def table(name, means, intervals):
     rows = {'': [COLUMNS[key][0] for key in columns]}
     for label, prefix in {f'**{name}**': '', **BASELINES}.items():
         if f'{prefix}psnr' in means:
-            rows[label] = [''] * len(columns)
-            for i, key in enumerate(columns):
-                score = prefix + key
+            rows[label] = []
+            for key in columns:
+                score, cell = prefix + key, ''
                 if score in means:  # a baseline has no gap
-                    span = intervals.get(score)
-                    rows[label][i] = with_interval(means[score], span, COLUMNS[key][1])
+                    cell = with_interval(means[score], intervals.get(score), COLUMNS[key][1])
+                rows[label].append(cell)
     return markdown(rows)
 
 
 def best_median_worst(opened, clips, numbers, quality):
     """Contact sheet of three of the clips `numbers` by `quality`, dreamed as they were scored."""
-    order = np.argsort(quality)
-    rows = {'truth': [], 'dream': []}
-    for i in order[[-1, len(order) // 2, 0]]:
-        frames, action = clips.batch(numbers[i:i + 1])
-        x0, action = to_model(frames, opened.device), action.to(opened.device)
+    chosen = np.argsort(quality)[[-1, len(quality) // 2, 0]]
+    frames, action = clips.batch(numbers[chosen])
+    x0, action = to_model(frames, opened.device).split(1), action.to(opened.device).split(1)
+    dreams = []
+    for i, frames, actions in zip(chosen, x0, action, strict=True):
         with autocast(opened.device, opened.dtype):
-            dreamed = dream(opened.model, opened.diffusion, x0, action, opened.context_frames,
-                            opened.num_steps, seed=int(i), **opened.sampler)
-        rows['truth'].append(clips.pixels(numbers[i:i + 1]).movedim(2, -1).numpy())
-        rows['dream'].append(to_pixels(dreamed, opened.vae))
-    rows = {label: np.concatenate(parts) for label, parts in rows.items()}
+            dreams.append(dream(opened.model, opened.diffusion, frames, actions,
+                                opened.context_frames, opened.num_steps, int(i), **opened.sampler))
+    truth = clips.pixels(numbers[chosen]).movedim(2, -1).numpy()
+    rows = {'truth': truth, 'dream': to_pixels(torch.cat(dreams), opened.vae)}
     return contact_sheet(rows, opened.context_frames)
 
 
@@ -234,26 +216,27 @@ def table_of_objects(world, results):
     return markdown(rows)
 
 
-def plot_horizon(path, results, first):
+def plot_horizon(path, results, num_context):
     curves = {}
     for label, prefix in {'dream': '', **BASELINES}.items():
-        if f'{prefix}psnr' in results['means']:
-            mean = results['means'][f'{prefix}psnr']
-            curves[f'{label}, {mean:.2f} dB'] = results['per_frame'][f'{prefix}psnr']
-    frames = range(first, first + len(results['per_frame']['psnr']))
+        mean = results['means'].get(f'{prefix}psnr')
+        if mean is not None:
+            per_frame = results['per_frame'][f'{prefix}psnr']
+            curves[f'{label}, {mean:.2f} dB'] = dict(enumerate(per_frame, start=num_context))
     panels = {'PSNR over the horizon, dB': curves}
-    for thing, numbers in results.get('objects', {}).items():
-        per_frame = numbers['per_frame']
+    for thing, scores in results.get('objects', {}).items():
         if not thing.startswith(('copy_', 'wrong_')):
-            near = dict(found=per_frame['found'], near=per_frame['near'], IoU=per_frame['iou'])
-            panels[f'{thing}: found and near, shares of the clips, and the median IoU'] = near
-    plot(path, panels, frames, 'frame of the clip')
+            title = f'{thing}: found and near, shares of the clips, and the median IoU'
+            panels[title] = {}
+            for label, key in {'found': 'found', 'near': 'near', 'IoU': 'iou'}.items():
+                panels[title][label] = dict(enumerate(scores['per_frame'][key], start=num_context))
+    plot(path, panels, 'frame of the clip')
 
 
 def suffix_for(ckpt):
     """Tells the results of a folder's numbered checkpoints apart; its latest needs no name."""
-    stem, _ = os.path.splitext(os.path.basename(ckpt))
-    return f'-{stem}' if os.path.isfile(ckpt) and stem != 'latest' else ''
+    path = Path(ckpt)
+    return f'-{path.stem}' if path.is_file() and path.stem != 'latest' else ''
 
 
 if __name__ == '__main__':
@@ -271,7 +254,7 @@ if __name__ == '__main__':
     wanted = check_choices('metrics', metrics, NETWORKS)
     check_choice('lpips_net', lpips_net, ('vgg', 'alex'))
     opened = run.open_run(settings)
-    join_processes(opened.device)
+    machine.join_processes(opened.device)
     num_frames = num_frames or opened.config['num_frames']
     num_context = opened.context_frames
     check_context(num_context, num_frames)
@@ -280,8 +263,8 @@ if __name__ == '__main__':
     clips = opened.held_out(num_frames)
     numbers = clips.fixed(num_clips, seed)
     frame_size = clips.pixels(numbers[:1]).shape[-2:]
-    networks, absent = load_networks(wanted, opened.device, frame_size, num_frames - num_context,
-                                     lpips_net)
+    num_dreamed = num_frames - num_context
+    networks, absent = load_networks(wanted, opened.device, frame_size, num_dreamed, lpips_net)
     world = envs.WORLDS.get(clips.meta.get('what'))
     if not hasattr(world, 'OBJECTS'):
         world = None
@@ -289,7 +272,7 @@ if __name__ == '__main__':
     scores = evaluate(opened.model, opened.diffusion, clips, numbers, num_context, opened.num_steps,
                       vae=opened.vae, networks=networks, sampler=opened.sampler, dtype=opened.dtype,
                       batch_size=batch_size, world=world)
-    leave_processes()
+    machine.leave_processes()
     if RANK > 0:
         sys.exit()
 
@@ -299,14 +282,14 @@ if __name__ == '__main__':
         raise UserError(f'{opened.ckpt} dreams what is not a number: its weights are broken')
     settings |= {'dataset': opened.dataset, 'num_frames': num_frames, 'context_frames': num_context,
                  'num_steps': opened.num_steps, 'num_clips': len(numbers), 'processes': WORLD_SIZE,
-                 'machine': name_of(opened.device), 'train': opened.config,
+                 'machine': machine.name_of(opened.device), 'train': opened.config,
                  'parameters': sum(p.numel() for p in opened.model.parameters())}
     results |= {'settings': settings, 'clips': numbers.tolist(), 'absent': absent}
 
     suffix = suffix_for(opened.ckpt)
-    path = os.path.join(out_dir, f'metrics{suffix}')
+    path = f'{out_dir}/metrics{suffix}'
     sheet = best_median_worst(opened, clips, numbers, results['per_clip']['psnr'])
-    write_picture(os.path.join(out_dir, f'clips{suffix}.png'), sheet)
+    write_picture(f'{out_dir}/clips{suffix}.png', sheet)
     if world:
         results['objects'] = objects.summarise(about_objects)
     plot_horizon(f'{path}.png', results, num_context)

@@ -35,8 +35,7 @@ MAY_CHANGE = (
 def claim(out_dir):
     """Make the folder, and keep other trainings out of it as long as this process lives.
 
-    The first of a launch's processes does it for all of them. Returns a file to be kept open.
-    Raises UserError, on every process.
+    Returns a file to be kept open. Raises UserError, on every process.
     """
     file = error = None
     make_folder(out_dir)
@@ -57,10 +56,9 @@ def claim(out_dir):
 def about(config, batch, action_scale):
     """What the checkpoints of a training say of it. Every process has to call it.
 
-    batch: clips of a step, in all processes. launch: tells this launch of torchrun from others, by
-    a name for each of its nodes.
+    batch: clips of a step, in all processes.
     """
-    launch = sorted({name for name in gather(LAUNCH) if name})
+    launch = sorted({name for name in gather(LAUNCH) if name})  # one for each node
     text = json.dumps(dict(train=config, batch=batch, action_scale=action_scale, launch=launch))
     return json.loads(text)  # as it will be read, without tuples
 
@@ -69,13 +67,14 @@ def starting_point(out_dir, resume, now):
     """The checkpoint that training goes on from, '' if it begins. Every process has to call it.
 
     now: what about() says. When a process dies torchrun starts all of them again. Then they go on
-    by themselves, but only from what this launch has saved, not from another run that it found.
-    Raises UserError.
+    by themselves, but only from what this launch has saved. Raises UserError.
     """
     latest = os.path.join(out_dir, 'latest.safetensors')
     there = os.path.exists(latest)
-    start = ''
-    if max(gather(RESTARTS)) > 0 and there and was_begun_by(latest, now['launch']):
+    start, launches = '', []
+    if max(gather(RESTARTS)) > 0 and there:
+        launches = read_meta(latest).get('launch', [])
+    if set(launches) & set(now['launch']):
         start = latest
     elif isinstance(resume, str) and resume:
         start = named_checkpoint(under_results(resume), out_dir)
@@ -89,10 +88,6 @@ def starting_point(out_dir, resume, now):
     if start:
         compare(start, read_meta(start), now)
     return start
-
-
-def was_begun_by(path, launch):
-    return not set(launch).isdisjoint(read_meta(path).get('launch', []))
 
 
 def named_checkpoint(path, out_dir):
@@ -114,8 +109,10 @@ def compare(path, before, now):
     for key in sorted(old.keys() & new.keys()):
         if old[key] != new[key]:
             changed[key] = f'{key}={new[key]!r}, not {old[key]!r}'
-    if 'dataset' in changed and same_folder(old['dataset'], new['dataset']):
-        del changed['dataset']
+    if 'dataset' in changed:
+        places = {os.path.realpath(under_results(config['dataset'])) for config in (old, new)}
+        if len(places) == 1:  # the same by another path
+            del changed['dataset']
     wrong = [text for key, text in changed.items() if key not in MAY_CHANGE]
     if before.get('batch', now['batch']) != now['batch']:
         wrong.append(f'{now["batch"]} clips a step, not {before["batch"]}')
@@ -127,10 +124,6 @@ def compare(path, before, now):
     said = [text for key, text in changed.items() if key not in ('out_dir', 'resume', 'init_from')]
     if said and RANK == 0:
         print(f'{path} goes on with {"; ".join(said)}')
-
-
-def same_folder(a, b):
-    return os.path.realpath(under_results(a)) == os.path.realpath(under_results(b))
 
 
 def drop_old(out_dir, step, keep_last):

@@ -5,7 +5,7 @@ import os
 
 import numpy as np
 
-from configurator import UserError
+from configurator import UserError, extra
 from machine import RANK, write_whole
 from pictures import plot
 
@@ -29,7 +29,7 @@ class Logger:
     """Logs on the first of several processes; on the others it does nothing."""
 
     def __init__(self, out_dir, config, step, wandb_project=''):
-        """step: where the run goes on. wandb_project: '' is without Weights & Biases."""
+        """wandb_project: '' is without Weights & Biases."""
         self.path = os.path.join(out_dir, 'log.jsonl')
         self.board = self.wandb = None
         if RANK > 0:
@@ -40,13 +40,9 @@ class Logger:
             from torch.utils.tensorboard import SummaryWriter
             self.board = SummaryWriter(os.path.join(out_dir, 'tb'), purge_step=step + 1)
         if wandb_project:
-            try:
-                import wandb
-            except ImportError as e:
-                raise UserError('--wandb=True needs it: pip install wandb') from e
             name = os.path.basename(os.path.normpath(out_dir))
-            self.wandb = wandb.init(project=wandb_project, name=name, id=name, config=config,
-                                    resume='allow')
+            self.wandb = extra('wandb').init(project=wandb_project, name=name, id=name,
+                                             config=config, resume='allow')
 
     def log(self, step, **values):
         if RANK > 0:
@@ -66,21 +62,17 @@ class Logger:
         """Draw the training loss, in at most POINTS means, and the validation loss: loss.png."""
         if RANK > 0:
             return
-        training, held_out = {}, {}
         with open(self.path) as f:
-            for values in map(json.loads, f):
-                if 'loss' in values:
-                    training[values['step']] = values['loss']
-                if 'val_loss' in values:
-                    held_out[values['step']] = values['val_loss']
+            logged = [json.loads(line) for line in f]
+        training = {line['step']: line['loss'] for line in logged if 'loss' in line}
+        held_out = {line['step']: line['val_loss'] for line in logged if 'val_loss' in line}
         steps = np.array_split(list(training), min(POINTS, len(training)))
         training = {part[-1]: np.mean([training[step] for step in part]) for part in steps}
         curves = {'training': training, 'held-out clips': held_out}
         path = os.path.join(os.path.dirname(self.path), 'loss.png')
-        plot(path, {'loss': curves}, list(training), 'step')
+        plot(path, {'loss': curves}, 'step')
 
-    def picture(self, step, picture):
-        """picture: uint8 [H,W,3]."""
+    def picture(self, step, picture):  # uint8 [H,W,3]
         if self.board:
             self.board.add_image('dream', picture, step, dataformats='HWC')
 

@@ -64,10 +64,9 @@ def pick_dtype(name, device):
 
 def fast_dtype():
     """bf16 where the hardware has instructions for it, else fp32."""
-    if torch.cuda.is_available():
-        return 'bf16'
     capabilities = getattr(torch.cpu, 'get_capabilities', dict)()
-    return 'bf16' if capabilities.get('avx512_bf16') else 'fp32'
+    has_bf16 = torch.cuda.is_available() or capabilities.get('avx512_bf16')
+    return 'bf16' if has_bf16 else 'fp32'
 
 
 def autocast(device, dtype):
@@ -93,18 +92,16 @@ class Interrupt:
     """SIGTERM and Ctrl-C do not end a training at once: it finishes the step, saves, and leaves.
 
     Several processes have to leave after the same step, and torchrun kills those that have not left
-    30 seconds after its SIGTERM. Asking each other at every step would make each wait for the
-    device, so they do it about every PATIENCE seconds: when they ask, they also agree on how long a
-    step takes, and so on the step at which they ask again.
+    30 seconds after its SIGTERM. Asking at every step would make each wait for the device, so they
+    do it about every PATIENCE seconds, and then agree on the step at which they ask again.
     """
     PATIENCE = 5
 
     def __init__(self, step):
-        """step: where training begins."""
         self.signal = 0
         self.asked_at, self.ask_at, self.clock = step, step + 1, time.perf_counter()
-        signal.signal(signal.SIGTERM, self.on_signal)
-        signal.signal(signal.SIGINT, self.on_signal)
+        for signum in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(signum, self.on_signal)
 
     def on_signal(self, signum, frame):
         self.signal = signum
@@ -231,10 +228,7 @@ def name_of(device):
     """What computes, in words."""
     if device.startswith('cuda'):
         return torch.cuda.get_device_name(device)
-    name = platform.machine()
-    if os.path.exists('/proc/cpuinfo'):
-        with open('/proc/cpuinfo') as f:
-            models = re.findall(r'model name\s*: (.*)', f.read())  # not on every kind of CPU
-        if models:
-            name = models[0]
-    return f'{name}, threads: {torch.get_num_threads()}'
+    name = [platform.machine()]
+    with contextlib.suppress(OSError), open('/proc/cpuinfo') as f:
+        name = re.findall(r'model name\s*: (.*)', f.read()) or name  # not on every kind of CPU
+    return f'{name[0]}, threads: {torch.get_num_threads()}'

@@ -18,16 +18,14 @@ MAX_PSNR = 58.92  # 10 log10(12 * 255^2), rounding to 8 bits: what equal frames 
 NETWORKS = ('lpips', 'fid', 'fvd')
 DISTANCES = ('fid', 'fvd')  # between two sets of frames; the other metrics compare frame with frame
 WEIGHTS = {  # {network: (file in pretrained/ or in torch's cache, where it is published)}
-    'vgg': ('vgg16-397923af.pth',
-            'https://download.pytorch.org/models/vgg16-397923af.pth'),
+    'vgg': ('vgg16-397923af.pth', 'https://download.pytorch.org/models/vgg16-397923af.pth'),
     'alex': ('alexnet-owt-7be5be79.pth',
              'https://download.pytorch.org/models/alexnet-owt-7be5be79.pth'),
     'inception': ('weights-inception-2015-12-05-6726825d.pth',
                   'https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/'
                   'weights-inception-2015-12-05-6726825d.pth'),
-    'i3d': ('i3d/i3d_torchscript.pt',
-            'https://www.dropbox.com/scl/fi/c5nfs6c422nlpj880jbmh/i3d_torchscript.pt'
-            '?rlkey=x5xcjsrz0818i4qxyoglp5bb8&dl=1'),
+    'i3d': ('i3d/i3d_torchscript.pt', 'https://www.dropbox.com/scl/fi/c5nfs6c422nlpj880jbmh/'
+            'i3d_torchscript.pt?rlkey=x5xcjsrz0818i4qxyoglp5bb8&dl=1'),
 }
 
 
@@ -47,8 +45,7 @@ def ssim(a, b, window=11, sigma=1.5):
     largest = min(window, H, W)
     size = largest - (largest + 1) % 2
     distance = torch.arange(size, device=a.device) - size // 2
-    weight = torch.exp(-distance ** 2 / (2 * sigma ** 2))
-    weight = (weight / weight.sum()).to(a.dtype)
+    weight = torch.softmax(-distance ** 2 / (2 * sigma ** 2), dim=0).to(a.dtype)
 
     def blur(x):
         x = F.conv2d(x, weight[None, None, :, None])
@@ -105,8 +102,7 @@ def find_weights(name):
 def chunked(f, *clips, size=32):
     """f over the frames of clips [B,F,3,H,W], `size` frames at a time: -> [B,F,...]."""
     split = [x.flatten(0, 1).split(size) for x in clips]
-    parts = [f(*part) for part in zip(*split, strict=True)]
-    return torch.cat(parts).unflatten(0, clips[0].shape[:2])
+    return torch.cat(list(map(f, *split))).unflatten(0, clips[0].shape[:2])
 
 
 def lpips_network(net, device, frame_size):
@@ -148,9 +144,8 @@ def fvd_network(device, num_frames):
     def features(clips):
         result = []
         for clip in clips:
-            x = F.interpolate(clip * 2 - 1, (224, 224), mode='bilinear')
-            x = x.transpose(0, 1)[None]  # [1,3,F,224,224]
-            result.append(network(x, rescale=False, resize=True, return_features=True))
+            x = F.interpolate(clip * 2 - 1, (224, 224), mode='bilinear').transpose(0, 1)
+            result.append(network(x[None], rescale=False, resize=True, return_features=True))
         return torch.stack(result)
 
     return features

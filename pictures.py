@@ -1,12 +1,13 @@
 """What people see: dreams as videos and contact sheets, numbers as curves."""
 import functools
 import math
+from pathlib import Path
 
 import imageio.v3 as iio
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from configurator import UserError, extra
+from configurator import extra
 
 RED, GREY, DARK = (230, 60, 50), (160, 160, 160), (40, 40, 40)
 LABEL, GAP, BAR = 72, 4, 4  # pixels: of a row's label, between frames, below each frame
@@ -40,19 +41,17 @@ def strip(label, frames, num_dreamed, min_size):
     return np.asarray(row)
 
 
-def is_dream(label):
-    """Rows named dream, dream 1, dream 2, ... have the red bar where frames are not given."""
-    return label.startswith('dream')
-
-
 def side_by_side(rows, num_context, min_size=96):
-    """Video uint8 [T,H',W',3] of {label: uint8 [B,T,h,w,3]}: a row each, a column for each clip."""
+    """Video uint8 [T,H',W',3] of {label: uint8 [B,T,h,w,3]}: a row each, a column for each clip.
+
+    Rows named dream, dream 1, dream 2, ... have the red bar where frames are not given.
+    """
     num_frames = next(iter(rows.values())).shape[1]
     video = []
     for t in range(num_frames):
         strips = []
         for label, clips in rows.items():
-            dreamed = is_dream(label) and t >= num_context
+            dreamed = label.startswith('dream') and t >= num_context
             strips.append(strip(label, clips[:, t], len(clips) * dreamed, min_size))
         video.append(np.concatenate(strips))
     return np.stack(video)
@@ -64,29 +63,22 @@ def contact_sheet(rows, num_context=0, min_size=64):
     strips = []
     for i in range(num_clips):
         for label, clips in rows.items():
-            num_dreamed = is_dream(label) * (num_frames - num_context)
+            num_dreamed = label.startswith('dream') * (num_frames - num_context)
             strips.append(strip(label, clips[i], num_dreamed, min_size))
         strips.append(np.full_like(strips[-1][:2 * GAP], 255))  # some air between clips
     return np.concatenate(strips[:-1])
 
 
 def write_picture(path, picture):
-    """Write uint8 [H,W,3]. Raises UserError."""
-    write(path, iio.imwrite('<bytes>', picture, extension='.png'))
-
-
-def write(path, data):
-    try:
-        with open(path, 'wb') as f:
-            f.write(data)
-    except OSError as e:
-        raise UserError(f'cannot write {path}: {e.strerror}') from e
+    """Write uint8 [H,W,3]."""
+    Path(path).write_bytes(iio.imwrite('<bytes>', picture, extension='.png'))
 
 
 def write_video(path, video, fps):
     """Write uint8 [T,H,W,3] as a looping GIF, or as MP4 if the name says so. Raises UserError."""
     if not path.endswith('.mp4'):
-        write(path, iio.imwrite('<bytes>', video, extension='.gif', duration=1000 / fps, loop=0))
+        gif = iio.imwrite('<bytes>', video, extension='.gif', duration=1000 / fps, loop=0)
+        Path(path).write_bytes(gif)
         return
     extra('imageio_ffmpeg')
     height, width = video.shape[1:3]
@@ -94,13 +86,12 @@ def write_video(path, video, fps):
     iio.imwrite(path, video, fps=fps, codec='libx264', plugin='FFMPEG', macro_block_size=1)
 
 
-def plot(path, panels, ticks, xlabel='', log_ticks=False):
+def plot(path, panels, xlabel='', log_ticks=False):
     """Draw curves to a file; where matplotlib is missing, say so and go on.
 
-    panels: {title: {label: n values, or n pairs of a mean and its +-}}, one below the other.
-    ticks: n numbers, for curves, or n names, for points beside each other. A curve that is a dict
-    {x: value} has places of its own.
-    A label that is a pair (target, solver) has its colour by the first and its dash by the second.
+    panels: {title: {label: {x: a number, or a pair of a mean and its +-}}}, one below the other.
+    Where x are names, points are side by side. A label that is a pair (target, solver) has its
+    colour by the first and its dash by the second.
     """
     try:
         from matplotlib.figure import Figure
@@ -110,6 +101,7 @@ def plot(path, panels, ticks, xlabel='', log_ticks=False):
     figure = Figure(figsize=(8, 3.8 * len(panels)), layout='constrained')
     axes = figure.subplots(len(panels), squeeze=False)[:, 0]
     for ax, (title, curves) in zip(axes, panels.items(), strict=True):
+        ticks = list(next(iter(curves.values())))
         draw(ax, curves, ticks)
         if log_ticks:
             ax.set_xscale('log')
@@ -129,21 +121,20 @@ def say_once(line):
 
 def draw(ax, curves, ticks):
     colours, dashes = {}, {}  # of each name seen so far
-    if isinstance(ticks[0], str):
-        ax.set_xticks(range(len(ticks)), ticks)
+    named = isinstance(ticks[0], str)
+    if named:
+        ax.set_xticks(range(len(ticks)), [tick.replace('_', '\n') for tick in ticks])
     else:
         ax.xaxis.get_major_locator().set_params(integer=True)
-    for i, (label, values) in enumerate(curves.items()):
+    for i, (label, points) in enumerate(curves.items()):
         names = label if isinstance(label, tuple) else (label,)
         colour = colours.setdefault(names[0], f'C{len(colours)}')
         dash = dashes.setdefault(names[1:], DASHES[len(dashes) % len(DASHES)])
-        x = ticks
-        if isinstance(ticks[0], str):  # points, side by side so that no error bar hides another
+        x = list(points)
+        if named:  # side by side, so that no error bar hides another
             x = np.arange(len(ticks)) + 0.1 * (i - (len(curves) - 1) / 2)
             dash = 'none'
-        if isinstance(values, dict):
-            x, values = list(values), list(values.values())
-        values = np.reshape(values, (len(values), -1))
+        values = np.reshape(list(points.values()), (len(points), -1))
         mean, error = values[:, 0], values[:, 1:].sum(axis=1)  # without an error its bar is 0 high
         ax.errorbar(x, mean, error, color=colour, linestyle=dash, marker='o', markersize=4,
                     label=', '.join(names))

@@ -103,8 +103,7 @@ def locate(ckpt):
 
 
 def load_run(ckpt, device='', dataset='', context_frames=0, **options):
-    """(model, diffusion, config) of a checkpoint; config is train.py's settings, action_scale
-    and action_meta.
+    """(model, diffusion, config) of a checkpoint; config as in OpenedRun.
 
     options: of a checkpoint that train.py did not write, the settings in FOREIGN. Raises UserError.
     """
@@ -162,11 +161,11 @@ def held_out(model, config, num_frames, dataset=''):
     """Validation clips as the run saw them, from its dataset or another that fits it."""
     dataset = under_results(dataset or config['dataset'])
     clips = Clips(dataset, 'val', num_frames, config['frame_interval'], config['action_scale'])
-    want = (model.config.in_channels, *model.config.input_size)
-    if clips.frames.shape[1:] != want or clips.action_dim != model.config.action_dim:
-        raise UserError(f'{clips.folder}: frames {clips.frames.shape[1:]} and {clips.action_dim} action '
-                        'numbers do not fit the model, '
-                        f'which takes {want} and {model.config.action_dim}')
+    shape, size = clips.frames.shape[1:], model.config
+    want = (size.in_channels, *size.input_size)
+    if shape != want or clips.action_dim != size.action_dim:
+        raise UserError(f'{clips.folder}: frames {shape} and {clips.action_dim} action numbers do '
+                        f'not fit the model, which takes {want} and {size.action_dim}')
     return clips
 
 

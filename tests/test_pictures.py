@@ -52,16 +52,16 @@ def test_a_video_has_every_frame(name, tmp_path):
 
 def test_curves_points_and_error_bars_are_drawn(tmp_path):
     pytest.importorskip('matplotlib')
-    lines = {('x', 'ddim'): [1, 2, 3], ('x', 'dpmpp'): [(1, 0.1), (2, 0.1), (3, 0.2)]}
-    plot(str(tmp_path / 'lines.png'), {'PSNR, dB': lines, 'SSIM': lines}, [1, 2, 250], 'steps', log_ticks=True)
-    plot(str(tmp_path / 'points.png'), {'PSNR, dB': {'dream': [(1, 0.2), (2, 0)]}}, ['adaln', 'film'])
-    plot(str(tmp_path / 'own.png'), {'loss': {'training': {10: 3, 20: 2}, 'held-out clips': {20: 2}}}, [10, 20])
+    lines = {('x', 'ddim'): {1: 1, 2: 2, 250: 3}, ('x', 'dpmpp'): {1: (1, 0.1), 2: (2, 0.1), 250: (3, 0.2)}}
+    plot(str(tmp_path / 'lines.png'), {'PSNR, dB': lines, 'SSIM': lines}, 'steps', log_ticks=True)
+    plot(str(tmp_path / 'points.png'), {'PSNR, dB': {'dream': {'adaln': (1, 0.2), 'film': (2, 0)}}})
+    plot(str(tmp_path / 'own.png'), {'loss': {'training': {10: 3, 20: 2}, 'held-out clips': {20: 2}}})
     assert {path.name for path in tmp_path.iterdir()} == {'lines.png', 'points.png', 'own.png'}
 
 
 def test_without_matplotlib_one_line_says_how_to_get_it(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, 'matplotlib.figure', None)
     for _ in range(2):
-        plot(str(tmp_path / 'a.png'), {'loss': {'training': [1, 2]}}, [0, 1])
+        plot(str(tmp_path / 'a.png'), {'loss': {'training': {0: 1, 1: 2}}})
     assert capsys.readouterr().out.count('pip install matplotlib') == 1
     assert not list(tmp_path.iterdir())
