@@ -15,7 +15,6 @@ import runpy
 import numpy as np
 
 from configurator import UserError, extra
-from recordings import Episode
 
 EPISODES = 300  # by default
 SMALLEST = 32  # an observation with a side below this is no picture: MiniGrid's is 7x7 codes
@@ -116,20 +115,6 @@ def load_policy(text):
 # -----------------------------------------------------------------------------
 # episodes
 
-def list_episodes(settings):
-    """An Episode for each seed; the last tenth validates. Raises UserError."""
-    if settings['policy']:
-        load_policy(settings['policy'])  # says now if something is wrong with it
-    count = settings['episodes']
-    num_train = count - max(1, count // 10)
-    episodes = []
-    for i in range(count):
-        read = functools.partial(play, settings, settings['seed'] * 1_000_000 + i)
-        split = 'train' if i < num_train else 'val'
-        episodes.append(Episode(f'{settings["env"]} {i}', read, split))
-    return episodes
-
-
 def play(settings, seed):
     """(frames [T] of uint8 [H,W,3], actions float32 [T-1,A]) of one episode.
 
@@ -172,6 +157,8 @@ def picture(env, observation, observed):
 def describe(settings):
     """What meta.json says about the actions: {'action_names': [A], 'controls': see controls.py}."""
     env, _ = make(settings['env'], settings['import_'])
+    if settings['policy']:
+        load_policy(settings['policy'])  # says now if something is wrong with it
     spaces = extra('gymnasium').spaces
     space = env.action_space
     known = MEANINGS.get(env.spec.name)

@@ -29,6 +29,7 @@ import controls
 import envs
 import gym_worlds
 import readers
+import recordings
 from configurator import UserError, check_choice, configure
 from data import action_range, to_model
 from machine import (
@@ -37,9 +38,7 @@ from machine import (
     barrier,
     join_processes,
     leave_processes,
-    name_of,
     pick_device,
-    seconds,
     under_results,
     write_whole,
 )
@@ -131,21 +130,6 @@ def begin(path, settings):
     write_whole(path, json.dumps(settings))
 
 
-def say_cost(episodes, vae, size):
-    """Print how long it will take all processes to encode the episodes, before they begin."""
-    device = str(vae.quant_conv.weight.device)
-    batch = torch.zeros(1 if device == 'cpu' else 32, 3, *size, device=device)
-    vae.encode(batch)  # the first time is slower
-    rate = WORLD_SIZE * len(batch) / seconds(lambda: vae.encode(batch), device)
-    lengths = [min(e.length, e.num_frames or e.length) for e in episodes if e.length > 0]
-    frames, whose = 1000, 'each 1,000'
-    if lengths:
-        frames = round(len(episodes) * statistics.mean(lengths))
-        whose = f'about {frames:,}'
-    print(f'encoding {whose} frames of {size[0]}x{size[1]} takes {frames / rate / 3600:.2f} hours, '
-          f'at {rate:.1f} a second ({WORLD_SIZE} x {name_of(device)}); --episodes= tries a few')
-
-
 def prepare(out, settings, vae=None, workers=0):
     """Write the episodes of a dataset into the folder `out`, as pixels or as latents of a VAE.
 
@@ -171,14 +155,12 @@ def prepare(out, settings, vae=None, workers=0):
     barrier()
     mine = list(parts)[RANK::WORLD_SIZE]
     todo = [path for path in mine if not os.path.exists(f'{path}.npz')]
-    if RANK == 0 and vae and todo:
-        left = [parts[path] for path in parts if not os.path.exists(f'{path}.npz')]
-        say_cost(left, vae, settings['image_size'])
     reading = DataLoader(
         [parts[path] for path in todo], batch_size=None, num_workers=min(workers, len(todo)),
         multiprocessing_context='spawn' if workers and todo else None,
         worker_init_fn=readers.start_worker,
-        collate_fn=partial(readers.read_episode, size=settings['image_size'], how=settings['resize']))
+        collate_fn=partial(recordings.read_episode, size=settings['image_size'],
+                           how=settings['resize']))
     with tqdm(total=len(mine), initial=len(mine) - len(todo), unit='episode', disable=RANK > 0,
               desc=f'preparing {os.path.basename(out)}') as bar:
         for path, (pixels, actions, error) in zip(todo, reading, strict=True):
@@ -300,7 +282,7 @@ def complete(settings):
     else:
         known = ', '.join([*envs.WORLDS, 'gym', *readers.DATASETS])
         raise UserError(f'{what!r}: unknown dataset; expected one of {known}')
-    check_choice('resize', settings['resize'], readers.RESIZE)
+    check_choice('resize', settings['resize'], recordings.RESIZE)
     settings['name'] = settings['name'] or what
     settings['image_size'] = parse_size(size or '256')
     if settings['latents'] and any(side % 8 for side in settings['image_size']):

@@ -30,7 +30,47 @@ class Episode(NamedTuple):
     split: str = ''  # train or val; '' if the publisher does not say
     start: int = -1  # the published first frame of its fixed validation clip
     num_frames: int = 0  # of the stretch to take, from there or in the middle; 0 is the whole
-    length: int = 0  # the frames of the whole, where that is known before it is read
+
+
+def read_episode(episode, size, how='stretch'):
+    """(pixels uint8 [T,3,*size], actions float32 [T,A], ''), or (None, None, what is wrong)."""
+    try:
+        frames, actions = episode.read()
+        pixels = [resize(frame, size, how) for frame in frames]  # only the small ones are kept
+        actions = np.asarray(actions)
+        if actions.dtype.kind not in 'fiub':
+            raise ValueError(f'actions are {actions.dtype}; expected numbers')
+        actions = actions.astype(np.float32)
+        if len(actions) == len(pixels) - 1:  # nothing was done at the last frame
+            actions = np.concatenate([actions, actions[-1:]])
+        if len(actions) != len(pixels) or actions.ndim != 2:
+            raise ValueError(f'{len(pixels)} frames, but actions {list(actions.shape)}')
+        if not np.isfinite(actions).all():
+            raise ValueError('some actions are not finite')
+        if episode.num_frames:
+            first = episode.start
+            if first < 0:
+                first = max(0, (len(pixels) - episode.num_frames) // 2)  # from the middle
+            pixels = pixels[first:first + episode.num_frames]
+            actions = actions[first:first + episode.num_frames]
+        if not pixels:
+            raise ValueError('it has no frames, or none where its validation clip begins')
+        return np.stack(pixels), actions, ''
+    except Exception as e:  # whatever is wrong with one episode, the others go on
+        return None, None, f'{type(e).__name__}: {e}'
+
+
+RESIZE = {  # a picture of another shape: the whole between black borders, or its middle
+    'stretch': Image.Image.resize, 'pad': ImageOps.pad, 'crop': ImageOps.fit}
+
+
+def resize(frame, size, how='stretch'):
+    """uint8 [H,W,3] -> uint8 [3,*size], bilinear and anti-aliased."""
+    if frame.dtype != np.uint8 or frame.ndim != 3 or frame.shape[2] != 3:
+        raise ValueError(f'a frame is {frame.dtype} {list(frame.shape)}; expected uint8 [H,W,3]')
+    picture = Image.fromarray(np.ascontiguousarray(frame))
+    picture = RESIZE[how](picture, size[::-1], Image.Resampling.BILINEAR)
+    return np.asarray(picture).transpose(2, 0, 1)
 
 
 def clips(root, settings):

@@ -2,7 +2,6 @@
 import fcntl
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -153,13 +152,6 @@ def test_means_and_deviations_of_actions_are_those_of_training(latent_wall, tmp_
         meta = json.load(f)
     assert np.allclose(meta['action_mean'], actions.mean(0)) and np.allclose(meta['action_std'], actions.std(0))
     assert list(meta['broken']) == [f'{tmp_path}/wall_single/obses/episode_007.pth']
-
-
-def test_what_encoding_costs_is_said_before_it_begins(latent_wall, tmp_path):
-    said = inline(*latent_wall, f'--out={tmp_path / "out"}', '--workers=0')
-    frames = 36 * 24 + 3 * 9  # of episodes of 24, and of three of them a stretch of 9 for validation
-    assert re.search(rf'encoding about {frames} frames of 32x32 takes 0\.\d\d hours, at [\d.]+ a second', said)
-    assert 'hours' not in inline(*latent_wall, f'--out={tmp_path / "pixels"}', '--workers=0', '--latents=False')
 
 
 @pytest.mark.parametrize('latents', [True, False])

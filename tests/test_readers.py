@@ -15,8 +15,8 @@ from raw import KINDS, episodes, film, lerobot, load_split, tiny_vae, write_vide
 
 from configurator import UserError
 from metrics import psnr
-from readers import fill, list_episodes, read_episode, resize
-from recordings import read_actions, read_frames
+from readers import fill, list_episodes
+from recordings import Episode, read_actions, read_episode, read_frames, resize
 
 for package in ('h5py', 'pyarrow', 'av'):
     pytest.importorskip(package)
@@ -413,7 +413,6 @@ def test_frames_are_made_small_as_they_are_decoded():
             assert len(alive) <= 2
             yield frame
 
-    from recordings import Episode
     pixels, _, error = read_episode(Episode('film', lambda: (frames(), np.zeros((10, 1)))), (8, 8))
     assert not error and pixels.shape == (10, 3, 8, 8)
 
