@@ -1,8 +1,7 @@
 """Any Gymnasium environment as a dataset of frames and actions.
 
-    python data.py gym --env=CarRacing-v3 --name=carracing --repeat=4
-    python data.py gym --env=PongNoFrameskip-v4 --import=ale_py --name=pong --repeat=4
     python data.py gym --env=CarRacing-v3 --name=carracing --repeat=4 --policy=my_file.py:drive
+    python data.py gym --env=PongNoFrameskip-v4 --import=ale_py --name=pong --repeat=4
 
 The picture is the observation where that is one, as in CarRacing and Atari, and else what the
 environment renders as rgb_array. An action is flattened to numbers: a Box is itself, a choice among
@@ -26,33 +25,41 @@ MEANINGS = {  # of the numbers of an action, for environments that do not say th
     'MountainCar': ['push left', 'nothing', 'push right'],
     'Pendulum': ['torque'],
 }
-KEYS = {  # what a player holds, beside what of an action's meaning it stands for
-    'ArrowLeft': ('LEFT', 'push left', 'left engine', 'torque -1'),
-    'ArrowRight': ('RIGHT', 'push right', 'right engine', 'torque +1'),
-    'ArrowUp': ('UP', 'main engine', 'forward'),
-    'ArrowDown': ('DOWN',),
-    'Space': ('FIRE',),
+KEYS = {  # what of an action's meaning stands for a key that a player holds
+    'LEFT': 'ArrowLeft', 'push left': 'ArrowLeft', 'left engine': 'ArrowLeft',
+    'torque -1': 'ArrowLeft',
+    'RIGHT': 'ArrowRight', 'push right': 'ArrowRight', 'right engine': 'ArrowRight',
+    'torque +1': 'ArrowRight',
+    'UP': 'ArrowUp', 'main engine': 'ArrowUp', 'forward': 'ArrowUp', 'DOWN': 'ArrowDown',
+    'FIRE': 'Space',
 }
 REST = ('NOOP', 'nothing', 'no torque')
 
 
-def make(name, modules):
-    """An environment, and whether its observations are its pictures. Raises UserError."""
+def make(name, modules, **options):
+    """An environment that its modules register. Raises UserError."""
+    os.environ.setdefault('SDL_VIDEODRIVER', 'dummy')  # pygame draws without a screen
+    os.environ.setdefault('PYGAME_HIDE_SUPPORT_PROMPT', '1')
     gymnasium = extra('gymnasium')
     if not name:
         raise UserError('which environment? Say --env=CarRacing-v3, or another of Gymnasium')
-    os.environ.setdefault('SDL_VIDEODRIVER', 'dummy')  # pygame draws without a screen
-    os.environ.setdefault('PYGAME_HIDE_SUPPORT_PROMPT', '1')
-    register(modules)
     try:
-        env = gymnasium.make(name, disable_env_checker=True)
-        if is_picture(env.observation_space):
-            return env, True
-        env.close()
-        return gymnasium.make(name, render_mode='rgb_array', disable_env_checker=True), False
+        register(modules)
+        return gymnasium.make(name, disable_env_checker=True, **options)
+    except UserError:
+        raise
     except Exception as e:  # an environment may raise anything; gymnasium says what is missing
         message = ' '.join(str(e).split())
-        raise UserError(f'env={name}: {type(e).__name__}: {message}') from e
+        raise UserError(f'{name}: {type(e).__name__}: {message}') from e
+
+
+def make_seen(name, modules):
+    """An environment, and whether its observations are its pictures. Raises UserError."""
+    env = make(name, modules)
+    if is_picture(env.observation_space):
+        return env, True
+    env.close()
+    return make(name, modules, render_mode='rgb_array'), False
 
 
 @functools.cache  # once in each process
@@ -75,10 +82,8 @@ def run_file(setting, path):
 
 def is_picture(space):
     shape = space.shape or ()
-    if space.dtype != np.uint8 or len(shape) != 3:
-        return False
-    height, width, channels = shape
-    return channels == 3 and min(height, width) >= SMALLEST
+    return (space.dtype == np.uint8 and len(shape) == 3 and shape[2] == 3
+            and min(shape[:2]) >= SMALLEST)
 
 
 # -----------------------------------------------------------------------------
@@ -121,13 +126,12 @@ def play(settings, seed):
     It ends when the environment says so, or with `steps` frames. Raises ValueError if that was
     before `shortest`.
     """
-    env, observed = make(settings['env'], settings['import_'])  # anew, as some remember episodes
+    env, observed = make_seen(settings['env'], settings['import_'])  # anew, as some remember episodes
     flatten = extra('gymnasium').spaces.flatten
     rng = np.random.default_rng([seed, 1])  # not the environment's own stream
+    policy = random_policy(env.action_space, seed, settings['hold'])
     if settings['policy']:
         policy = load_policy(settings['policy'])
-    else:
-        policy = random_policy(env.action_space, seed, settings['hold'])
 
     observation, _ = env.reset(seed=seed)
     frames, actions = [picture(env, observation, observed)], []
@@ -156,59 +160,39 @@ def picture(env, observation, observed):
 
 def describe(settings):
     """What meta.json says about the actions: {'action_names': [A], 'controls': see controls.py}."""
-    env, _ = make(settings['env'], settings['import_'])
     if settings['policy']:
         load_policy(settings['policy'])  # says now if something is wrong with it
+    env, _ = make_seen(settings['env'], settings['import_'])
     spaces = extra('gymnasium').spaces
-    space = env.action_space
+    names = [f'number {i}' for i in range(spaces.flatdim(env.action_space))]
     known = MEANINGS.get(env.spec.name)
     if hasattr(env.unwrapped, 'get_action_meanings'):  # Atari's
         known = env.unwrapped.get_action_meanings()
     elif isinstance(getattr(env.unwrapped, 'actions', None), type):  # MiniGrid's enumeration
         known = [action.name for action in env.unwrapped.actions]
-    names = meanings(space, spaces)
     if known and len(known) == len(names):
         names = list(known)
     controls = None  # of a Box, play.py finds its own: the arrows, and sliders
-    if isinstance(space, spaces.Discrete):
+    if isinstance(env.action_space, spaces.Discrete):
         controls = discrete_controls(names)
-    elif env.spec.name == 'CarRacing' and len(names) == 3:
+    elif env.spec.name == 'CarRacing':
         keys = {'ArrowLeft': [-1, 0, 0], 'ArrowRight': [1, 0, 0], 'ArrowUp': [0, 1, 0],
                 'ArrowDown': [0, 0, 1]}
         controls = dict(rest=[0, 0, 0], keys=keys)
     return dict(action_names=names, controls=controls)
 
 
-def meanings(space, spaces):
-    """A name for each number of a flattened action."""
-    if isinstance(space, spaces.Discrete):
-        return [f'choice {space.start + i}' for i in range(space.n)]
-    if isinstance(space, spaces.MultiDiscrete):
-        names = []
-        for place, count in enumerate(space.nvec.ravel()):
-            names += [f'choice {i} of number {place}' for i in range(count)]
-        return names
-    if isinstance(space, spaces.Box):
-        bounds = zip(space.low.ravel(), space.high.ravel(), strict=True)
-        return [f'number {i}, from {low:g} to {high:g}' for i, (low, high) in enumerate(bounds)]
-    return [f'number {i}' for i in range(spaces.flatdim(space))]
-
-
 def discrete_controls(names):
     """Keys for a choice among names: arrows and Space where these say so, digits for the others."""
-    size = len(names)
     rest = 0
     for i, name in enumerate(names):
         if name in REST:
             rest = i
-    hot = np.eye(size)
+    hot = np.eye(len(names))
     keys, captions = {}, {}
     for i, name in enumerate(names):
-        if i == rest:
-            continue
-        fitting = [key for key, words in KEYS.items() if name in words]
-        key = fitting[0] if fitting else f'Digit{i}'
-        if fitting or i < 10:
+        key = KEYS.get(name, f'Digit{i}')
+        if i != rest and (name in KEYS or i < 10):
             keys[key] = (hot[i] - hot[rest]).tolist()  # instead of resting
             captions[key] = name.lower()
     return dict(rest=hot[rest].tolist(), keys=keys, captions=captions)
