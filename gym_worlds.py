@@ -15,7 +15,6 @@ import numpy as np
 
 from configurator import UserError, extra
 
-EPISODES = 300  # by default
 SMALLEST = 32  # an observation with a side below this is no picture: MiniGrid's is 7x7 codes
 MEANINGS = {  # of the numbers of an action, for environments that do not say themselves
     'Acrobot': ['torque -1', 'no torque', 'torque +1'],
@@ -34,6 +33,12 @@ KEYS = {  # what of an action's meaning stands for a key that a player holds
     'FIRE': 'Space',
 }
 REST = ('NOOP', 'nothing', 'no torque')
+
+
+class Gym:
+    """What data.py asks of it, as of the worlds in envs.py."""
+    about = 'any Gymnasium environment, --env='
+    episodes, image_size = 300, 64
 
 
 def make(name, modules, **options):
