@@ -16,7 +16,6 @@ import re
 import shutil
 import statistics
 import sys
-import zipfile
 from collections import ChainMap
 from datetime import timedelta
 from functools import partial
@@ -69,22 +68,19 @@ val_starts = ''  # .npy with the first frame of each validation file's fixed cli
 
 
 def plan(episodes, folder, settings):
-    """{path of the part, without its ending: Episode} of all that is to be written, training first.
+    """{path of the part, without its ending: Episode}, training first. Raises UserError.
 
-    Latents, and data with published starts, are validated on one stretch each of some episodes:
-    metrics compare with the original pixels, and only those of the stretches have to be kept.
-    Raises UserError.
+    Latents, and data with published starts, are validated on a stretch each of some episodes:
+    metrics compare with the original pixels, which are kept of these stretches only.
     """
     rng = np.random.default_rng(settings['seed'])
     num_val = max(1, round(settings['val_share'] * len(episodes)))
     held_out = set(rng.permutation(len(episodes))[:num_val].tolist())
-    train, val = {}, {}
+    parts = {'train': {}, 'val': {}}
     for i, episode in enumerate(episodes):
-        path = f'{folder}/{i:06d}'
-        if episode.split == 'val' or (not episode.split and i in held_out):
-            val[path] = episode._replace(split='val')
-        else:
-            train[path] = episode._replace(split='train')
+        split = episode.split or ('val' if i in held_out else 'train')
+        parts[split][f'{folder}/{i:06d}'] = episode._replace(split=split)
+    train, val = parts.values()
     if not train or not val:
         raise UserError(f'{len(episodes)} episodes: expected at least one for training '
                         'and one for validation')
@@ -110,11 +106,8 @@ def begin(path, settings):
     """Note what is being prepared, or compare with what was begun. Raises UserError."""
     settings = json.loads(json.dumps(settings))  # as it would be read
     if os.path.exists(path):
-        try:
-            with open(path) as f:
-                begun = dict(json.load(f))
-        except (ValueError, TypeError) as e:
-            raise UserError(f'{path} is broken ({e}): delete {os.path.dirname(path)}') from e
+        with open(path) as f:
+            begun = json.load(f)
         changed = [key for key in settings if settings[key] != begun.get(key)]
         if changed:
             raise UserError(f'{os.path.dirname(path)} was begun with other settings '
@@ -178,7 +171,8 @@ def assemble(out, parts, errors, settings):
     """Join the parts in a folder beside them, which gets its name when it is whole."""
     whole = f'{out}.partial/whole'
     shutil.rmtree(whole, ignore_errors=True)  # what a killed run joined
-    shapes = {path: read_part(path, 'actions').shape for path in parts if path not in errors}
+    done = [path for path in parts if path not in errors]
+    shapes = {path: np.load(f'{path}.npz')['actions'].shape for path in done}
     width = statistics.mode([shape[1] for shape in shapes.values()] or [0])  # the usual one
     good, broken = {'train': [], 'val': []}, {}
     for path, episode in parts.items():
@@ -215,23 +209,14 @@ def assemble(out, parts, errors, settings):
           f'{len(broken)} broken ones skipped')
 
 
-def read_part(path, array):
-    """An array of a part. Raises UserError."""
-    try:
-        return np.load(f'{path}.npz')[array]
-    except (OSError, ValueError, zipfile.BadZipFile) as e:  # a disk's fault or a loss of power
-        raise UserError(f'{path}.npz is broken ({e}): delete it, and the same command makes it '
-                        'again') from e
-
-
 def join(target, parts, array, rows):
     """Write an array of all parts, one after the other, as one .npy file of so many rows."""
-    first = read_part(parts[0], array)
+    first = np.load(f'{parts[0]}.npz')[array]
     header = dict(descr=first.dtype.str, fortran_order=False, shape=(rows, *first.shape[1:]))
     with open(target, 'wb') as f:  # on a full disk, a mapped file would kill the process
         np.lib.format.write_array_header_1_0(f, header)
         for path in parts:
-            f.write(read_part(path, array))
+            f.write(np.load(f'{path}.npz')[array])
 
 
 # -----------------------------------------------------------------------------
