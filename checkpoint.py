@@ -5,7 +5,6 @@ and, under "train.", whatever the training loop needs to go on. Others are a Lig
 state dict or a bare .safetensors. Nothing in a file is executed, and no model is built before the
 tensors bear out what the file claims.
 """
-import contextlib
 import glob
 import json
 import math
@@ -201,8 +200,6 @@ def save_checkpoint(path, state, config, **meta):
         os.chmod(tmp, 0o644)  # save_file leaves it readable by its owner only
         os.replace(tmp, path)
     except (OSError, SafetensorError) as e:
-        with contextlib.suppress(OSError):
-            os.remove(tmp)
         raise UserError(f'cannot write {path}: {e}; what was saved before is still whole') from e
 
 
@@ -210,8 +207,8 @@ def training_state(model, ema, optimizer):
     """{name: tensor} for save_checkpoint on the first process, {} on the others.
 
     Every process has to call it: they put together what FSDP has cut. The weights to use (`ema`, or
-    the model itself in its place) go under their own names; with an EMA, the model's under
-    "train.model."; and what the optimizer keeps for parameter i, under "train.adam.i.".
+    the model itself) go under their own names; beside an EMA, the model's under "train.model."; and
+    what the optimizer keeps for parameter i, under "train.adam.i.".
     """
     options = distributed.StateDictOptions(full_state_dict=True, cpu_offload=True)
     state = dict(distributed.get_model_state_dict(ema, options=options))
@@ -227,14 +224,8 @@ def training_state(model, ema, optimizer):
 
 
 def restore_training(path, model, ema, optimizer):
-    """Put training_state's tensors back where they were, sharded or not; returns the file's meta.
-
-    Raises UserError.
-    """
+    """Put training_state's tensors back, sharded or not; the file's meta. Raises UserError."""
     state, _, meta = read_checkpoint(path, train=True)
-    for key, kind in (('step', int), ('scaler', dict)):
-        if not isinstance(meta.get(key), kind):
-            raise UserError(f'{path}: its metadata lacks {key}; use an earlier checkpoint')
     average = {name: x for name, x in state.items() if not name.startswith('train.')}
     prefix = 'train.model.'
     weights = {name[len(prefix):]: x for name, x in state.items() if name.startswith(prefix)}

@@ -15,7 +15,6 @@ import numpy as np
 
 from configurator import UserError, extra
 
-SMALLEST = 32  # an observation with a side below this is no picture: MiniGrid's is 7x7 codes
 MEANINGS = {  # of the numbers of an action, for environments that do not say themselves
     'Acrobot': ['torque -1', 'no torque', 'torque +1'],
     'CarRacing': ['steer, from -1 left to 1 right', 'gas', 'brake'],
@@ -29,7 +28,7 @@ KEYS = {  # what of an action's meaning stands for a key that a player holds
     'torque -1': 'ArrowLeft',
     'RIGHT': 'ArrowRight', 'push right': 'ArrowRight', 'right engine': 'ArrowRight',
     'torque +1': 'ArrowRight',
-    'UP': 'ArrowUp', 'main engine': 'ArrowUp', 'forward': 'ArrowUp', 'DOWN': 'ArrowDown',
+    'UP': 'ArrowUp', 'main engine': 'ArrowUp', 'DOWN': 'ArrowDown',
     'FIRE': 'Space',
 }
 REST = ('NOOP', 'nothing', 'no torque')
@@ -41,15 +40,15 @@ class Gym:
     episodes, image_size = 300, 64
 
 
-def make(name, modules, **options):
-    """An environment that its modules register. Raises UserError."""
+def make(name, module, **options):
+    """An environment that this module registers. Raises UserError."""
     os.environ.setdefault('SDL_VIDEODRIVER', 'dummy')  # pygame draws without a screen
     os.environ.setdefault('PYGAME_HIDE_SUPPORT_PROMPT', '1')
     gymnasium = extra('gymnasium')
     if not name:
         raise UserError('which environment? Say --env=CarRacing-v3, or another of Gymnasium')
     try:
-        register(modules)
+        register(module)
         return gymnasium.make(name, disable_env_checker=True, **options)
     except UserError:
         raise
@@ -58,23 +57,22 @@ def make(name, modules, **options):
         raise UserError(f'{name}: {type(e).__name__}: {message}') from e
 
 
-def make_seen(name, modules):
+def make_seen(name, module):
     """An environment, and whether its observations are its pictures. Raises UserError."""
-    env = make(name, modules)
+    env = make(name, module)
     if is_picture(env.observation_space):
         return env, True
     env.close()
-    return make(name, modules, render_mode='rgb_array'), False
+    return make(name, module, render_mode='rgb_array'), False
 
 
 @functools.cache  # once in each process
-def register(modules):
-    """Import what registers environments: modules, or files of your own, between commas."""
-    for module in modules.split(',') if modules else []:
-        if module.endswith('.py'):
-            run_file('import', module)
-        else:
-            extra(module)
+def register(module):
+    """Import the module, or run the file of yours, that registers environments."""
+    if module.endswith('.py'):
+        run_file('import', module)
+    elif module:
+        extra(module)
 
 
 def run_file(setting, path):
@@ -87,8 +85,7 @@ def run_file(setting, path):
 
 def is_picture(space):
     shape = space.shape or ()
-    return (space.dtype == np.uint8 and len(shape) == 3 and shape[2] == 3
-            and min(shape[:2]) >= SMALLEST)
+    return space.dtype == np.uint8 and len(shape) == 3 and shape[2] == 3
 
 
 # -----------------------------------------------------------------------------
@@ -173,8 +170,6 @@ def describe(settings):
     known = MEANINGS.get(env.spec.name)
     if hasattr(env.unwrapped, 'get_action_meanings'):  # Atari's
         known = env.unwrapped.get_action_meanings()
-    elif isinstance(getattr(env.unwrapped, 'actions', None), type):  # MiniGrid's enumeration
-        known = [action.name for action in env.unwrapped.actions]
     if known and len(known) == len(names):
         names = list(known)
     controls = None  # of a Box, play.py finds its own: the arrows, and sliders

@@ -11,7 +11,6 @@ import os
 import re
 import signal
 import threading
-from collections import Counter
 from collections.abc import Callable
 from functools import cache, lru_cache, partial
 from itertools import islice
@@ -129,9 +128,6 @@ def lerobot(root, settings):
             columns = [name for name in names if not name.startswith('stats/')]
             rows += parquet.read_table(path, columns=columns).to_pylist()
 
-    listed = Counter(row['episode_index'] for row in rows)
-    if listed and max(listed.values()) > 1:  # it could train and validate
-        raise ValueError(f'episode {listed.most_common(1)[0][0]} is listed more than once')
     episodes = []
     for row in rows:
         number, length = row['episode_index'], int(row['length'])
@@ -164,9 +160,7 @@ def inside(root, path):
     real_root, real = os.path.realpath(root), os.path.realpath(os.path.join(root, path))
     if os.path.commonpath([real_root, real]) != real_root:
         raise ValueError(f'{path} leads out of the folder, where nothing is read')
-    if not os.path.isfile(real):
-        raise ValueError(f'{path}: no such file')
-    return real
+    return ordinary(real)
 
 
 @lru_cache(maxsize=1)  # the next episode is in the same file
@@ -282,7 +276,7 @@ def read_dino(path, actions):
 
 # -----------------------------------------------------------------------------
 
-MAZE, DEFORMABLE = 'obses/episode_{:03d}.pth', '{:06d}/obses.pth'  # where DINO-WM has frames
+MAZE, ROPE = 'obses/episode_{:03d}.pth', '{:06d}/obses.pth'  # where DINO-WM has frames
 
 
 class Dataset(NamedTuple):
@@ -297,9 +291,8 @@ DATASETS = {
     'dino_point_maze': Dataset(partial(dino, 'point_maze', MAZE), 'DATASET_DIR', 'DINO-WM'),
     'dino_wall': Dataset(partial(dino, 'wall_single', MAZE), 'DATASET_DIR', 'DINO-WM'),
     'dino_pusht': Dataset(dino_pusht, 'DATASET_DIR', 'DINO-WM'),
-    'dino_rope': Dataset(partial(dino, 'deformable/rope', DEFORMABLE), 'DATASET_DIR', 'DINO-WM'),
-    'dino_granular': Dataset(partial(dino, 'deformable/granular', DEFORMABLE), 'DATASET_DIR',
-                             'DINO-WM'),
+    'dino_rope': Dataset(partial(dino, 'deformable/rope', ROPE), 'DATASET_DIR', 'DINO-WM'),
+    'dino_granular': Dataset(partial(dino, 'deformable/granular', ROPE), 'DATASET_DIR', 'DINO-WM'),
     'lerobot': Dataset(lerobot, '', 'any LeRobot dataset with video, v2.0 to v3.0'),
     'clips': Dataset(clips, '', 'your videos, GIFs, arrays or folders of pictures, and actions'),
 }

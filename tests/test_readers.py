@@ -155,7 +155,7 @@ def test_a_pipe_is_not_waited_for(robot):
     path = robot / 'data/chunk-000/episode_000001.parquet'
     path.unlink()
     os.mkfifo(path)
-    assert 'no such file' in why_broken(open_lerobot(robot)[1])
+    assert 'a pipe or a device' in why_broken(open_lerobot(robot)[1])
 
 
 @pytest.mark.parametrize('field', ['{i:2000000000d}', '{i.__class__}', '{i!r:>999999999}', '{'])
@@ -185,12 +185,6 @@ def test_a_length_that_the_table_does_not_have_is_seen(length, robot):
     path = robot / 'meta' / 'episodes.jsonl'
     path.write_text(path.read_text().replace('"length": 14', f'"length": {length}'))
     assert f'expected {length}' in why_broken(open_lerobot(robot)[1])
-
-
-def test_an_episode_that_is_listed_twice_is_seen(robot, tmp_path):
-    path = robot / 'meta' / 'episodes.jsonl'
-    path.write_text(path.read_text() + path.read_text().splitlines()[1])
-    assert 'episode 1 is listed more than once' in error(*command('lerobot', robot, tmp_path / 'out'))
 
 
 def test_rows_in_another_order_are_seen(robot):
