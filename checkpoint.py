@@ -253,13 +253,13 @@ def restore_training(path, model, ema, optimizer):
 # -----------------------------------------------------------------------------
 # finding a file
 
-def choose(names, suffixes=SUFFIXES):
+def choose(names):
     """Of the first suffix that occurs, the file called latest or last, or with most steps; or ''."""
     def rank(name):
         base = os.path.basename(name)
         return bool(re.search('la(te)?st', base)), [int(d) for d in re.findall(r'\d+', base)]
 
-    for suffix in suffixes:
+    for suffix in SUFFIXES:
         found = [name for name in names if name.endswith(suffix)]
         if found:
             return max(found, key=rank)
@@ -281,16 +281,16 @@ def find(path):
     raise UserError(f'no checkpoint at {path}: train one with python train.py, or check the path')
 
 
-def hub_file(repo_id, suffixes=SUFFIXES):
+def hub_file(repo_id):
     """Local path of what `choose` takes from a Hugging Face repository. Raises UserError."""
     try:
         hub = extra('huggingface_hub')
     except UserError as e:
         raise UserError(f'{repo_id} is not here; to ask the Hugging Face hub, {e}') from e
     try:
-        name = choose([file.rfilename for file in hub.model_info(repo_id).siblings], suffixes)
+        name = choose([file.rfilename for file in hub.model_info(repo_id).siblings])
         if not name:
-            raise FileNotFoundError(f'none of its files ends in {", ".join(suffixes)}')
+            raise FileNotFoundError(f'none of its files ends in {", ".join(SUFFIXES)}')
         print(f'{repo_id}: using {name}')
         return hub.hf_hub_download(repo_id, name)
     except Exception as e:  # its own, the HTTP library's or the system's

@@ -16,22 +16,14 @@ import numpy as np
 from configurator import UserError, extra
 
 MEANINGS = {  # of the numbers of an action, for environments that do not say themselves
-    'Acrobot': ['torque -1', 'no torque', 'torque +1'],
     'CarRacing': ['steer, from -1 left to 1 right', 'gas', 'brake'],
-    'CartPole': ['push left', 'push right'],
     'LunarLander': ['nothing', 'left engine', 'main engine', 'right engine'],
-    'MountainCar': ['push left', 'nothing', 'push right'],
-    'Pendulum': ['torque'],
 }
-KEYS = {  # what of an action's meaning stands for a key that a player holds
-    'LEFT': 'ArrowLeft', 'push left': 'ArrowLeft', 'left engine': 'ArrowLeft',
-    'torque -1': 'ArrowLeft',
-    'RIGHT': 'ArrowRight', 'push right': 'ArrowRight', 'right engine': 'ArrowRight',
-    'torque +1': 'ArrowRight',
-    'UP': 'ArrowUp', 'main engine': 'ArrowUp', 'DOWN': 'ArrowDown',
-    'FIRE': 'Space',
+KEYS = {  # that a player holds for what an action means; others are digits
+    'LEFT': 'ArrowLeft', 'RIGHT': 'ArrowRight', 'UP': 'ArrowUp', 'DOWN': 'ArrowDown',
+    'FIRE': 'Space', 'left engine': 'ArrowLeft', 'right engine': 'ArrowRight',
+    'main engine': 'ArrowUp',
 }
-REST = ('NOOP', 'nothing', 'no torque')
 
 
 class Gym:
@@ -60,7 +52,8 @@ def make(name, module, **options):
 def make_seen(name, module):
     """An environment, and whether its observations are its pictures. Raises UserError."""
     env = make(name, module)
-    if is_picture(env.observation_space):
+    space = env.observation_space
+    if space.dtype == np.uint8 and len(space.shape) == 3 and space.shape[2] == 3:
         return env, True
     env.close()
     return make(name, module, render_mode='rgb_array'), False
@@ -83,31 +76,6 @@ def run_file(setting, path):
         raise UserError(f'{setting}={path}: {type(e).__name__}: {e}') from e
 
 
-def is_picture(space):
-    shape = space.shape or ()
-    return space.dtype == np.uint8 and len(shape) == 3 and shape[2] == 3
-
-
-# -----------------------------------------------------------------------------
-# policies: (observation, rng) -> action of the environment's space
-
-def random_policy(space, seed, hold):
-    """Actions drawn uniformly, each held for `hold` steps on average.
-
-    An action held is a movement one can see; drawn anew at every step they cancel out.
-    """
-    space.seed(seed)
-    action = None
-
-    def policy(observation, rng):
-        nonlocal action
-        if action is None or rng.random() < 1 / hold:
-            action = space.sample()
-        return action
-
-    return policy
-
-
 def load_policy(text):
     """The function of 'file.py:function'. Raises UserError."""
     path, _, name = text.rpartition(':')
@@ -119,42 +87,41 @@ def load_policy(text):
     return functions[name]
 
 
-# -----------------------------------------------------------------------------
-# episodes
-
 def play(settings, seed):
     """(frames [T] of uint8 [H,W,3], actions float32 [T-1,A]) of one episode.
 
     It ends when the environment says so, or with `steps` frames. Raises ValueError if that was
     before `shortest`.
     """
-    env, observed = make_seen(settings['env'], settings['import_'])  # anew, as some remember episodes
+    env, observed = make_seen(settings['env'], settings['import_'])  # anew: some remember episodes
+    env.action_space.seed(seed)
     flatten = extra('gymnasium').spaces.flatten
     rng = np.random.default_rng([seed, 1])  # not the environment's own stream
-    policy = random_policy(env.action_space, seed, settings['hold'])
-    if settings['policy']:
-        policy = load_policy(settings['policy'])
+    policy = load_policy(settings['policy']) if settings['policy'] else None
 
     observation, _ = env.reset(seed=seed)
-    frames, actions = [picture(env, observation, observed)], []
+    frames, actions = [], []
     over = False
-    while len(frames) < settings['steps'] and not over:
-        action = policy(observation, rng)
+    while True:
+        seen = observation if observed else env.render()
+        frames.append(np.array(seen))
+        if over or len(frames) == settings['steps']:
+            break
+        if policy:
+            action = policy(observation, rng)
+        elif not actions or rng.random() < 1 / settings['hold']:
+            # held for a while, it is a movement one can see; drawn at every step they cancel out
+            action = env.action_space.sample()
+        actions.append(flatten(env.action_space, action).astype(np.float32))
         for _ in range(settings['repeat']):
             observation, _, terminated, truncated, _ = env.step(action)
             over = terminated or truncated
             if over:
                 break
-        actions.append(flatten(env.action_space, action).astype(np.float32))
-        frames.append(picture(env, observation, observed))
     if len(frames) < settings['shortest']:
         raise ValueError(f'it ended after {len(frames)} frames, of at least '
                          f'--shortest={settings["shortest"]}')
     return frames, actions
-
-
-def picture(env, observation, observed):
-    return np.array(observation if observed else env.render())
 
 
 # -----------------------------------------------------------------------------
@@ -184,15 +151,11 @@ def describe(settings):
 
 def discrete_controls(names):
     """Keys for a choice among names: arrows and Space where these say so, digits for the others."""
-    rest = 0
-    for i, name in enumerate(names):
-        if name in REST:
-            rest = i
     hot = np.eye(len(names))
     keys, captions = {}, {}
-    for i, name in enumerate(names):
-        key = KEYS.get(name, f'Digit{i}')
-        if i != rest and (name in KEYS or i < 10):
-            keys[key] = (hot[i] - hot[rest]).tolist()  # instead of resting
+    for i, name in enumerate(names[1:], start=1):  # the first is to rest, in Atari as in LunarLander
+        if name in KEYS or i < 10:
+            key = KEYS.get(name, f'Digit{i}')
+            keys[key] = (hot[i] - hot[0]).tolist()  # instead of resting
             captions[key] = name.lower()
-    return dict(rest=hot[rest].tolist(), keys=keys, captions=captions)
+    return dict(rest=hot[0].tolist(), keys=keys, captions=captions)

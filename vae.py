@@ -9,7 +9,6 @@ A convolutional network that halves the picture three times, and its mirror imag
 `encoder`, then `ResnetBlock`.
 """
 import os
-import re
 from collections import OrderedDict
 from functools import partial
 
@@ -18,7 +17,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
-from checkpoint import check_fit, check_numbers, hub_file
+from checkpoint import check_fit, check_numbers
 from configurator import UserError
 from pickles import refusing
 
@@ -187,11 +186,8 @@ class VAE(nn.Module):
 
 
 def find_vae(path=''):
-    """The file that a folder, file or hub id means. Raises UserError with the command to get it."""
+    """The file that a folder or file means. Raises UserError with the command to get it."""
     path = str(path or os.environ.get('VAE_MODEL_PATH') or FOLDER)
-    is_hub_id = re.fullmatch(r'\w[\w.-]*/[\w.-]+(?<!\.safetensors)', path) and path != FOLDER
-    if is_hub_id and not os.path.exists(path):
-        path = hub_file(path, (FILE,))
     if os.path.isdir(path):
         path = os.path.join(path, FILE)
     if not os.path.isfile(path):
@@ -213,7 +209,7 @@ def with_new_names(state):
 
 
 def load_vae(path='', device='cpu'):
-    """The VAE of a folder, a .safetensors file or a hub id (owner/name), in eval mode, as fp32.
+    """The VAE of a folder or a .safetensors file, in eval mode, as fp32.
 
     '' is $VAE_MODEL_PATH, or else pretrained/sd-vae-ft-mse/. Raises UserError.
     """
