@@ -153,7 +153,7 @@ def discrete_controls(names):
     """Keys for a choice among names: arrows and Space where these say so, digits for the others."""
     hot = np.eye(len(names))
     keys, captions = {}, {}
-    for i, name in enumerate(names[1:], start=1):  # the first is to rest, in Atari as in LunarLander
+    for i, name in enumerate(names[1:], start=1):  # the first is to do nothing
         if name in KEYS or i < 10:
             key = KEYS.get(name, f'Digit{i}')
             keys[key] = (hot[i] - hot[0]).tolist()  # instead of resting

@@ -5,7 +5,6 @@
 
 Frames come one at a time, uint8 [H,W,3]: a minute of 1080p video would take 11 GB of memory.
 """
-import csv
 import glob
 import os
 import re
@@ -47,12 +46,10 @@ def read_episode(episode, size, how='stretch'):
             raise ValueError(f'{len(pixels)} frames, but actions {list(actions.shape)}')
         if not np.isfinite(actions).all():
             raise ValueError('some actions are not finite')
-        if episode.num_frames:
-            first = episode.start
-            if first < 0:
-                first = max(0, (len(pixels) - episode.num_frames) // 2)  # from the middle
-            pixels = pixels[first:first + episode.num_frames]
-            actions = actions[first:first + episode.num_frames]
+        first, count = episode.start, episode.num_frames or len(pixels)
+        if first < 0:
+            first = max(0, (len(pixels) - count) // 2)  # from the middle
+        pixels, actions = pixels[first:first + count], actions[first:first + count]
         if not pixels:
             raise ValueError('it has no frames, or none where its validation clip begins')
         return np.stack(pixels), actions, ''
@@ -153,13 +150,11 @@ def read_actions(path):
     if path.endswith('.npy'):
         values = np.load(ordinary(path), allow_pickle=False)
         return values.reshape(len(values), -1)
-    with open(ordinary(path), newline='', encoding='utf-8-sig') as f:  # spreadsheets begin with a mark
-        rows = [row for row in csv.reader(f) if row]
+    options = dict(dtype=np.float32, delimiter=',', quotechar='"', ndmin=2, encoding='utf-8-sig')
     try:
-        float(rows[0][0])
-    except ValueError:
-        rows = rows[1:]
-    return np.array(rows, dtype=np.float32)
+        return np.loadtxt(ordinary(path), **options)
+    except ValueError:  # it begins with names
+        return np.loadtxt(path, **options, skiprows=1)
 
 
 def natural(text):
