@@ -46,8 +46,6 @@ def read_checkpoint(path, train=False):
         state, config, meta = read_pickle(path), None, {}
     if not state:
         raise UserError(f'{path} holds no weights of a NanoWM: x_embedder.proj.weight is missing')
-    if train and not config:
-        raise not_ours(path)
     check_numbers(state, path)
     return state, config, meta
 
@@ -70,13 +68,9 @@ def read_meta(path):
         with refusing(path, 'safetensors'), safe_open(path, 'pt') as f:
             meta = json.loads((f.metadata() or {}).get('meta', '{}'))
     if not isinstance(meta, dict) or not isinstance(meta.get('train'), dict):
-        raise not_ours(path)
+        raise UserError(f'{path} was not written by train.py: '
+                        'start from it with --init_from, not --resume')
     return meta
-
-
-def not_ours(path):
-    return UserError(f'{path} was not written by train.py: '
-                     'start from it with --init_from, not --resume')
 
 
 def read_pickle(path):

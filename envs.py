@@ -176,12 +176,10 @@ class TwoRoom(StableWorld):
     def reset(self, seed):
         self.env.reset(seed=int(seed))
 
-    def their_state(self):
-        """As state_column has it."""
-        return self.get_state()
-
     def get_state(self):
         return self.env.agent_position.numpy().astype(np.float64)
+
+    their_state = get_state  # as state_column has it
 
     def set_state(self, state):
         self.env._set_state(np.asarray(state))

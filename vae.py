@@ -185,18 +185,6 @@ class VAE(nn.Module):
         return torch.cat(out).contiguous().view(*leading, *out[0].shape[1:])
 
 
-def find_vae(path=''):
-    """The file that a folder or file means. Raises UserError with the command to get it."""
-    path = str(path or os.environ.get('VAE_MODEL_PATH') or FOLDER)
-    if os.path.isdir(path):
-        path = os.path.join(path, FILE)
-    if not os.path.isfile(path):
-        raise UserError(
-            f'no autoencoder at {path}: check the path and $VAE_MODEL_PATH, or unset both and run '
-            f'hf download stabilityai/sd-vae-ft-mse {FILE} --local-dir {FOLDER}')
-    return path
-
-
 def with_new_names(state):
     """The tensors of an older file under the names of today's, and attention's as matrices."""
     renamed = {}
@@ -213,7 +201,13 @@ def load_vae(path='', device='cpu'):
 
     '' is $VAE_MODEL_PATH, or else pretrained/sd-vae-ft-mse/. Raises UserError.
     """
-    path = find_vae(path)
+    path = str(path or os.environ.get('VAE_MODEL_PATH') or FOLDER)
+    if os.path.isdir(path):
+        path = os.path.join(path, FILE)
+    if not os.path.isfile(path):
+        raise UserError(
+            f'no autoencoder at {path}: check the path and $VAE_MODEL_PATH, or unset both and run '
+            f'hf download stabilityai/sd-vae-ft-mse {FILE} --local-dir {FOLDER}')
     with refusing(path, 'autoencoder'):
         state = with_new_names(load_file(path))
         names = [f'encoder.down_blocks.{i}.resnets.0.conv1.bias' for i in range(4)]

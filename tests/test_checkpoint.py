@@ -30,6 +30,7 @@ from checkpoint import (
     hub_file,
     load_model,
     read_checkpoint,
+    read_meta,
     restore_training,
     save_checkpoint,
     training_state,
@@ -451,7 +452,7 @@ def test_weights_to_start_from_must_fit(published, wall, tmp_path):
 
 def test_only_a_checkpoint_of_ours_goes_on(published):
     with pytest.raises(UserError, match='start from it with --init_from, not --resume'):
-        read_checkpoint(published, train=True)
+        read_meta(published)
 
 
 # -----------------------------------------------------------------------------
