@@ -4,6 +4,7 @@ import os
 import pickle
 import shutil
 import subprocess
+from functools import partial
 
 import imageio.v3 as iio
 import numpy as np
@@ -307,28 +308,8 @@ def test_actions_that_are_no_numbers_are_seen(actions, tmp_path):
     assert why_broken(list_episodes(dict(what='clips', root=str(tmp_path / 'raw'), episodes=0))[0])
 
 
-def channels_first(path):
-    np.save(path, np.load(path).transpose(0, 3, 1, 2))
-
-
-def floats(path):
-    np.save(path, np.load(path) / 255)
-
-
-def empty(path):
-    path.write_bytes(b'')
-
-
-def one_number_more(path):
-    np.savetxt(path.with_suffix('.csv'), np.zeros((20, 3)), delimiter=',')
-
-
-def few_actions(path):
-    np.savetxt(path.with_suffix('.csv'), np.zeros((4, 2)), delimiter=',')
-
-
-def not_finite(path):
-    np.savetxt(path.with_suffix('.csv'), np.full((20, 2), np.nan), delimiter=',')
+def write_actions(actions, path):
+    np.savetxt(path.with_suffix('.csv'), actions, delimiter=',')
 
 
 def cut_short(path):
@@ -339,11 +320,21 @@ def cut_short(path):
     path.with_suffix('.mkv').write_bytes(whole[:len(whole) * 2 // 3])
 
 
-@pytest.mark.parametrize('damage', [channels_first, floats, empty, one_number_more, few_actions, not_finite,
-                                    cut_short])
+DAMAGE = {
+    'channels first': lambda path: np.save(path, np.load(path).transpose(0, 3, 1, 2)),
+    'floats': lambda path: np.save(path, np.load(path) / 255),
+    'empty': lambda path: path.write_bytes(b''),
+    'one number more': partial(write_actions, np.zeros((20, 3))),
+    'few actions': partial(write_actions, np.zeros((4, 2))),
+    'not finite': partial(write_actions, np.full((20, 2), np.nan)),
+    'cut short': cut_short,
+}
+
+
+@pytest.mark.parametrize('damage', DAMAGE)
 def test_damage_that_would_go_unseen_is_seen(damage, tmp_path):
     truth = recordings(tmp_path / 'raw', 'abcd')
-    damage(tmp_path / 'raw' / 'b.npy')
+    DAMAGE[damage](tmp_path / 'raw' / 'b.npy')
     said = inline(*command('clips', tmp_path / 'raw', tmp_path / 'out'), '--val_share=0.4')
     assert 'skipped' in said and f'{tmp_path / "raw"}/b.' in said
     assert_prepared(tmp_path / 'out', [truth[name] for name in 'acd'], lossless=True, size=64)
