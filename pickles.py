@@ -23,9 +23,8 @@ MAX_OPCODES = 2_000_000  # a large checkpoint has 100,000; each may take about 1
 MAX_KEY = 1000  # characters of a key in a dict; the name of a parameter has fewer
 
 # opcodes whose argument is the value itself, and those that mean one value
-VALUES = set('INT BININT BININT1 BININT2 LONG LONG1 LONG4 FLOAT BINFLOAT STRING BINSTRING '
-             'SHORT_BINSTRING UNICODE BINUNICODE SHORT_BINUNICODE BINUNICODE8 BINBYTES '
-             'SHORT_BINBYTES BINBYTES8 BYTEARRAY8'.split())
+VALUES = {op.name for op in pickletools.opcodes
+          if op.arg and op.stack_after and op.stack_after[0].obtype is not object}
 CONSTANTS = {'NONE': None, 'NEWTRUE': True, 'NEWFALSE': False, 'EMPTY_TUPLE': ()}
 ALL = 'all above the last mark'
 # how many objects an opcode takes from the stack
@@ -33,10 +32,9 @@ TAKE = {'TUPLE1': 1, 'TUPLE2': 2, 'TUPLE3': 3, 'APPEND': 1, 'SETITEM': 2, 'BUILD
         'REDUCE': 2, 'NEWOBJ': 2, 'STACK_GLOBAL': 2, 'BINPERSID': 1,
         'TUPLE': ALL, 'LIST': ALL, 'DICT': ALL, 'APPENDS': ALL, 'SETITEMS': ALL}
 
-STORAGES = {'DoubleStorage': torch.float64, 'FloatStorage': torch.float32,
-            'HalfStorage': torch.float16, 'BFloat16Storage': torch.bfloat16,
-            'LongStorage': torch.int64, 'IntStorage': torch.int32, 'ShortStorage': torch.int16,
-            'CharStorage': torch.int8, 'ByteStorage': torch.uint8, 'BoolStorage': torch.bool}
+STORAGES = {'Double': torch.float64, 'Float': torch.float32, 'Half': torch.float16,
+            'BFloat16': torch.bfloat16, 'Long': torch.int64, 'Int': torch.int32,
+            'Short': torch.int16, 'Char': torch.int8, 'Byte': torch.uint8, 'Bool': torch.bool}
 
 
 class Inert(dict):
@@ -66,7 +64,7 @@ class Machine:
             ('torch', '_rebuild_parameter_with_state'): lambda tensor, *_: tensor,
         }
         for name, dtype in STORAGES.items():
-            self.known['torch', name] = dtype
+            self.known['torch', f'{name}Storage'] = dtype
 
     def read(self):
         if not zipfile.is_zipfile(self.path):
