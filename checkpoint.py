@@ -2,10 +2,9 @@
 
 Ours is one safetensors file: the weights under their own names, the model's config as JSON metadata
 and, under "train.", whatever the training loop needs to go on. Others are a Lightning .ckpt, a bare
-state dict (.pt, .pth, .bin) or a bare .safetensors. Nothing in a file is executed, and no model is
-built before the tensors bear out what the file claims.
+state dict or a bare .safetensors. Nothing in a file is executed, and no model is built before the
+tensors bear out what the file claims.
 """
-import contextlib
 import glob
 import json
 import math
@@ -14,17 +13,11 @@ import re
 from dataclasses import asdict
 
 import torch
+import torch.distributed.checkpoint.state_dict as distributed
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_optimizer_state_dict,
-    set_model_state_dict,
-    set_optimizer_state_dict,
-)
 
-from configurator import UserError
+from configurator import UserError, extra
 from model import NanoWM, NanoWMConfig
 from pickles import one_line, read_torch, refusing
 
@@ -53,9 +46,6 @@ def read_checkpoint(path, train=False):
         state, config, meta = read_pickle(path), None, {}
     if not state:
         raise UserError(f'{path} holds no weights of a NanoWM: x_embedder.proj.weight is missing')
-    if train and not config:
-        raise UserError(f'{path} was not written by train.py: '
-                        'start from it with --init_from, not --resume')
     check_numbers(state, path)
     return state, config, meta
 
@@ -119,9 +109,8 @@ def check_numbers(state, path):
 def config_of(state, injection=None, causal=None, input_size=None):
     """The NanoWMConfig of weights {name: tensor}.
 
-    Tensors look the same with injection additive and adaln_fuse, causal or not, and whatever the
-    shape of a frame: None is additive, causal, and square. Raises whatever it may if these are not
-    the tensors of a NanoWM.
+    Tensors do not tell additive from adaln_fuse, causal or not, or the shape of a frame: None is
+    additive, causal, and square. Raises whatever it may if these are not a NanoWM's.
     """
     hidden_size, channels, patch_size, _ = state['x_embedder.proj.weight'].shape
     action_dim = 0
@@ -151,10 +140,7 @@ def config_of(state, injection=None, causal=None, input_size=None):
 # into a model
 
 def load_model(path, device='cpu', **options):
-    """(model, meta) of a checkpoint: in eval mode, with the EMA weights if it is ours.
-
-    options help config_of with files that train.py did not write. Raises UserError.
-    """
+    """(model, meta) of a checkpoint; options help config_of. Raises UserError."""
     state, config, meta = read_checkpoint(path)
     try:
         config = config or config_of(state, **options)
@@ -166,14 +152,15 @@ def load_model(path, device='cpu', **options):
         raise UserError(f'{path} describes no NanoWM ({one_line(e)})') from e
     check_fit(sketch, state, path)
     model = NanoWM(config)
-    load_weights(model, state, path)
+    model.load_state_dict(state)
     return model.to(device).eval(), meta
 
 
 def load_weights(model, state, path):
     """Put {name: whole tensor} into a model, be it sharded or not. Raises UserError."""
     check_fit(model, state, path)
-    set_model_state_dict(model, state, options=StateDictOptions(full_state_dict=True))
+    options = distributed.StateDictOptions(full_state_dict=True)
+    distributed.set_model_state_dict(model, state, options=options)
 
 
 def check_fit(model, state, path):
@@ -207,8 +194,6 @@ def save_checkpoint(path, state, config, **meta):
         os.chmod(tmp, 0o644)  # save_file leaves it readable by its owner only
         os.replace(tmp, path)
     except (OSError, SafetensorError) as e:
-        with contextlib.suppress(OSError):
-            os.remove(tmp)
         raise UserError(f'cannot write {path}: {e}; what was saved before is still whole') from e
 
 
@@ -216,69 +201,61 @@ def training_state(model, ema, optimizer):
     """{name: tensor} for save_checkpoint on the first process, {} on the others.
 
     Every process has to call it: they put together what FSDP has cut. The weights to use (`ema`, or
-    the model itself in its place) go under their own names; with an EMA, the model's under
-    "train.model."; and what the optimizer keeps for parameter i, under "train.adam.i.".
+    the model itself) go under their own names; beside an EMA, the model's under "train.model."; and
+    what the optimizer keeps for parameter i, under "train.adam.i.".
     """
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    state = dict(get_model_state_dict(ema, options=options))
+    options = distributed.StateDictOptions(full_state_dict=True, cpu_offload=True)
+    state = dict(distributed.get_model_state_dict(ema, options=options))
     if ema is not model:
-        for name, x in get_model_state_dict(model, options=options).items():
+        for name, x in distributed.get_model_state_dict(model, options=options).items():
             state[f'train.model.{name}'] = x
-    moments = get_optimizer_state_dict(model, optimizer, options=options).get('state', {})
+    moments = distributed.get_optimizer_state_dict(model, optimizer, options=options)
     names = [name for name, p in model.named_parameters() if p.requires_grad]
     for i, name in enumerate(names):
-        for key, x in moments.get(name, {}).items():
+        for key, x in moments.get('state', {}).get(name, {}).items():
             state[f'train.adam.{i}.{key}'] = x
     return state
 
 
 def restore_training(path, model, ema, optimizer):
-    """Put training_state's tensors back where they were, sharded or not; returns the file's meta.
-
-    Raises UserError.
-    """
+    """Put training_state's tensors back, sharded or not; the file's meta. Raises UserError."""
     state, _, meta = read_checkpoint(path, train=True)
-    for key, kind in (('step', int), ('scaler', dict)):
-        if not isinstance(meta.get(key), kind):
-            raise UserError(f'{path}: its metadata lacks {key}; use an earlier checkpoint')
-    prefix = 'train.model.'
+    if type(meta.get('step')) is not int or meta['step'] < 0 or type(meta.get('scaler')) is not dict:
+        raise UserError(f'{path}: its metadata lacks step or scaler; use an earlier checkpoint')
     average = {name: x for name, x in state.items() if not name.startswith('train.')}
+    prefix = 'train.model.'
     weights = {name[len(prefix):]: x for name, x in state.items() if name.startswith(prefix)}
     load_weights(ema, average, path)
     load_weights(model, weights or average, path)
-
     shapes = {name: p.shape for name, p in model.named_parameters() if p.requires_grad}
     names = list(shapes)  # in the optimizer's order
     moments = {name: {} for name in names}
     for key, x in state.items():
         match = re.fullmatch(r'train\.adam\.(\d+)\.(\w+)', key)
         if match:
-            i, kind = int(match[1]), match[2]
+            i = int(match[1])
             if i >= len(names) or x.ndim and x.shape != shapes[names[i]]:
                 raise UserError(f'{path} does not fit this optimizer: {key} is {tuple(x.shape)}')
-            moments[names[i]][kind] = x
-    if not any(moments.values()) and meta['step'] > 0:
-        raise UserError(f'{path} holds no optimizer state: start from it with --init_from')
+            moments[names[i]][match[2]] = x
     if any(moments.values()):
-        restored = get_optimizer_state_dict(model, optimizer)  # its settings stay as they are
-        restored['state'] = moments
-        options = StateDictOptions(full_state_dict=True)
-        set_optimizer_state_dict(model, optimizer, restored, options=options)
+        restored = distributed.get_optimizer_state_dict(model, optimizer) | {'state': moments}
+        options = distributed.StateDictOptions(full_state_dict=True)
+        distributed.set_optimizer_state_dict(model, optimizer, restored, options=options)
+    elif meta['step'] > 0:
+        raise UserError(f'{path} holds no optimizer state: start from it with --init_from')
     return meta
 
 
 # -----------------------------------------------------------------------------
 # finding a file
 
-def choose(names, suffixes=SUFFIXES):
-    """The file to use of many: of the first suffix that occurs, the one called latest or last, else
-    the one with the largest number (of steps) in its name; '' if there is none.
-    """
+def choose(names):
+    """Of the first suffix that occurs, the file called latest or last, or with most steps; or ''."""
     def rank(name):
         base = os.path.basename(name)
         return bool(re.search('la(te)?st', base)), [int(d) for d in re.findall(r'\d+', base)]
 
-    for suffix in suffixes:
+    for suffix in SUFFIXES:
         found = [name for name in names if name.endswith(suffix)]
         if found:
             return max(found, key=rank)
@@ -289,9 +266,9 @@ def find(path):
     """The weights file that a file, a folder or a hub id means. Raises UserError."""
     if os.path.isdir(path):
         name = choose(glob.glob('**', root_dir=path, recursive=True))
+        if name and name != 'latest.safetensors':
+            print(f'{path}: using {name}')
         if name:
-            if name != 'latest.safetensors':
-                print(f'{path}: using {name}')
             return os.path.join(path, name)
     elif os.path.exists(path):
         return path
@@ -300,17 +277,16 @@ def find(path):
     raise UserError(f'no checkpoint at {path}: train one with python train.py, or check the path')
 
 
-def hub_file(repo_id, suffixes=SUFFIXES):
+def hub_file(repo_id):
     """Local path of what `choose` takes from a Hugging Face repository. Raises UserError."""
     try:
-        import huggingface_hub as hub
-    except ImportError as e:
-        raise UserError(f'{repo_id} is not here; to ask the Hugging Face hub: '
-                        'pip install huggingface_hub') from e
+        hub = extra('huggingface_hub')
+    except UserError as e:
+        raise UserError(f'{repo_id} is not here; to ask the Hugging Face hub, {e}') from e
     try:
-        name = choose([file.rfilename for file in hub.model_info(repo_id).siblings], suffixes)
+        name = choose([file.rfilename for file in hub.model_info(repo_id).siblings])
         if not name:
-            raise FileNotFoundError(f'none of its files ends in {", ".join(suffixes)}')
+            raise FileNotFoundError(f'none of its files ends in {", ".join(SUFFIXES)}')
         print(f'{repo_id}: using {name}')
         return hub.hf_hub_download(repo_id, name)
     except Exception as e:  # its own, the HTTP library's or the system's

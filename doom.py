@@ -9,7 +9,7 @@ import os
 import numpy as np
 from PIL import Image
 
-from configurator import UserError
+from configurator import extra
 
 
 class Doom:
@@ -34,17 +34,13 @@ class Doom:
     DANGER = 60  # a fireball that flies past at less than this is worth a step aside
 
     def __init__(self):
-        try:
-            import vizdoom
-        except ImportError as e:
-            raise UserError(f'doom needs its simulator: pip install vizdoom ({e})') from e
+        vizdoom = extra('vizdoom')
         self.game = game = vizdoom.DoomGame()
         game.load_config(os.path.join(vizdoom.scenarios_path, 'take_cover.cfg'))
         game.set_screen_resolution(vizdoom.ScreenResolution.RES_320X240)
         game.set_screen_format(vizdoom.ScreenFormat.RGB24)
-        game.set_available_game_variables([
-            vizdoom.GameVariable.HEALTH, vizdoom.GameVariable.POSITION_X,
-            vizdoom.GameVariable.POSITION_Y])
+        seen = vizdoom.GameVariable
+        game.set_available_game_variables([seen.HEALTH, seen.POSITION_X, seen.POSITION_Y])
         game.set_objects_info_enabled(True)  # where fireballs are, for the explorer
         game.set_window_visible(False)
         game.set_sound_enabled(False)
@@ -55,7 +51,7 @@ class Doom:
         self.seed, self.taken = int(seed), []
         self.game.set_seed(self.seed)
         self.game.new_episode()
-        self.over, self.goal = False, None
+        self.goal = None
         self.look()
 
     def look(self):

@@ -1,8 +1,7 @@
 """Any Gymnasium environment as a dataset of frames and actions.
 
-    python data.py gym --env=CarRacing-v3 --name=carracing --repeat=4
-    python data.py gym --env=PongNoFrameskip-v4 --import=ale_py --name=pong --repeat=4
     python data.py gym --env=CarRacing-v3 --name=carracing --repeat=4 --policy=my_file.py:drive
+    python data.py gym --env=PongNoFrameskip-v4 --import=ale_py --name=pong --repeat=4
 
 The picture is the observation where that is one, as in CarRacing and Atari, and else what the
 environment renders as rgb_array. An action is flattened to numbers: a Box is itself, a choice among
@@ -15,55 +14,58 @@ import runpy
 import numpy as np
 
 from configurator import UserError, extra
-from recordings import Episode
 
-EPISODES = 300  # by default
-SMALLEST = 32  # an observation with a side below this is no picture: MiniGrid's is 7x7 codes
 MEANINGS = {  # of the numbers of an action, for environments that do not say themselves
-    'Acrobot': ['torque -1', 'no torque', 'torque +1'],
     'CarRacing': ['steer, from -1 left to 1 right', 'gas', 'brake'],
-    'CartPole': ['push left', 'push right'],
     'LunarLander': ['nothing', 'left engine', 'main engine', 'right engine'],
-    'MountainCar': ['push left', 'nothing', 'push right'],
-    'Pendulum': ['torque'],
 }
-KEYS = {  # what a player holds, beside what of an action's meaning it stands for
-    'ArrowLeft': ('LEFT', 'push left', 'left engine', 'torque -1'),
-    'ArrowRight': ('RIGHT', 'push right', 'right engine', 'torque +1'),
-    'ArrowUp': ('UP', 'main engine', 'forward'),
-    'ArrowDown': ('DOWN',),
-    'Space': ('FIRE',),
+KEYS = {  # that a player holds for what an action means; others are digits
+    'LEFT': 'ArrowLeft', 'RIGHT': 'ArrowRight', 'UP': 'ArrowUp', 'DOWN': 'ArrowDown',
+    'FIRE': 'Space', 'left engine': 'ArrowLeft', 'right engine': 'ArrowRight',
+    'main engine': 'ArrowUp',
 }
-REST = ('NOOP', 'nothing', 'no torque')
 
 
-def make(name, modules):
-    """An environment, and whether its observations are its pictures. Raises UserError."""
+class Gym:
+    """What data.py asks of it, as of the worlds in envs.py."""
+    about = 'any Gymnasium environment, --env='
+    episodes, image_size = 300, 64
+
+
+def make(name, module, **options):
+    """An environment that this module registers. Raises UserError."""
+    os.environ.setdefault('SDL_VIDEODRIVER', 'dummy')  # pygame draws without a screen
+    os.environ.setdefault('PYGAME_HIDE_SUPPORT_PROMPT', '1')
     gymnasium = extra('gymnasium')
     if not name:
         raise UserError('which environment? Say --env=CarRacing-v3, or another of Gymnasium')
-    os.environ.setdefault('SDL_VIDEODRIVER', 'dummy')  # pygame draws without a screen
-    os.environ.setdefault('PYGAME_HIDE_SUPPORT_PROMPT', '1')
-    register(modules)
     try:
-        env = gymnasium.make(name, disable_env_checker=True)
-        if is_picture(env.observation_space):
-            return env, True
-        env.close()
-        return gymnasium.make(name, render_mode='rgb_array', disable_env_checker=True), False
+        register(module)
+        return gymnasium.make(name, disable_env_checker=True, **options)
+    except UserError:
+        raise
     except Exception as e:  # an environment may raise anything; gymnasium says what is missing
         message = ' '.join(str(e).split())
-        raise UserError(f'env={name}: {type(e).__name__}: {message}') from e
+        raise UserError(f'{name}: {type(e).__name__}: {message}') from e
+
+
+def make_seen(name, module):
+    """An environment, and whether its observations are its pictures. Raises UserError."""
+    env = make(name, module)
+    space = env.observation_space
+    if space.dtype == np.uint8 and len(space.shape) == 3 and space.shape[2] == 3:
+        return env, True
+    env.close()
+    return make(name, module, render_mode='rgb_array'), False
 
 
 @functools.cache  # once in each process
-def register(modules):
-    """Import what registers environments: modules, or files of your own, between commas."""
-    for module in modules.split(',') if modules else []:
-        if module.endswith('.py'):
-            run_file('import', module)
-        else:
-            extra(module)
+def register(module):
+    """Import the module, or run the file of yours, that registers environments."""
+    if module.endswith('.py'):
+        run_file('import', module)
+    elif module:
+        extra(module)
 
 
 def run_file(setting, path):
@@ -72,34 +74,6 @@ def run_file(setting, path):
         return runpy.run_path(path)
     except Exception as e:
         raise UserError(f'{setting}={path}: {type(e).__name__}: {e}') from e
-
-
-def is_picture(space):
-    shape = space.shape or ()
-    if space.dtype != np.uint8 or len(shape) != 3:
-        return False
-    height, width, channels = shape
-    return channels == 3 and min(height, width) >= SMALLEST
-
-
-# -----------------------------------------------------------------------------
-# policies: (observation, rng) -> action of the environment's space
-
-def random_policy(space, seed, hold):
-    """Actions drawn uniformly, each held for `hold` steps on average.
-
-    An action held is a movement one can see; drawn anew at every step they cancel out.
-    """
-    space.seed(seed)
-    action = None
-
-    def policy(observation, rng):
-        nonlocal action
-        if action is None or rng.random() < 1 / hold:
-            action = space.sample()
-        return action
-
-    return policy
 
 
 def load_policy(text):
@@ -113,57 +87,41 @@ def load_policy(text):
     return functions[name]
 
 
-# -----------------------------------------------------------------------------
-# episodes
-
-def list_episodes(settings):
-    """An Episode for each seed; the last tenth validates. Raises UserError."""
-    if settings['policy']:
-        load_policy(settings['policy'])  # says now if something is wrong with it
-    count = settings['episodes']
-    num_train = count - max(1, count // 10)
-    episodes = []
-    for i in range(count):
-        read = functools.partial(play, settings, settings['seed'] * 1_000_000 + i)
-        split = 'train' if i < num_train else 'val'
-        episodes.append(Episode(f'{settings["env"]} {i}', read, split))
-    return episodes
-
-
 def play(settings, seed):
     """(frames [T] of uint8 [H,W,3], actions float32 [T-1,A]) of one episode.
 
     It ends when the environment says so, or with `steps` frames. Raises ValueError if that was
     before `shortest`.
     """
-    env, observed = make(settings['env'], settings['import_'])  # anew, as some remember episodes
+    env, observed = make_seen(settings['env'], settings['import_'])  # anew: some remember episodes
+    env.action_space.seed(seed)
     flatten = extra('gymnasium').spaces.flatten
     rng = np.random.default_rng([seed, 1])  # not the environment's own stream
-    if settings['policy']:
-        policy = load_policy(settings['policy'])
-    else:
-        policy = random_policy(env.action_space, seed, settings['hold'])
+    policy = load_policy(settings['policy']) if settings['policy'] else None
 
     observation, _ = env.reset(seed=seed)
-    frames, actions = [picture(env, observation, observed)], []
+    frames, actions = [], []
     over = False
-    while len(frames) < settings['steps'] and not over:
-        action = policy(observation, rng)
+    while True:
+        seen = observation if observed else env.render()
+        frames.append(np.array(seen))
+        if over or len(frames) == settings['steps']:
+            break
+        if policy:
+            action = policy(observation, rng)
+        elif not actions or rng.random() < 1 / settings['hold']:
+            # held for a while, it is a movement one can see; drawn at every step they cancel out
+            action = env.action_space.sample()
+        actions.append(flatten(env.action_space, action).astype(np.float32))
         for _ in range(settings['repeat']):
             observation, _, terminated, truncated, _ = env.step(action)
             over = terminated or truncated
             if over:
                 break
-        actions.append(flatten(env.action_space, action).astype(np.float32))
-        frames.append(picture(env, observation, observed))
     if len(frames) < settings['shortest']:
         raise ValueError(f'it ended after {len(frames)} frames, of at least '
                          f'--shortest={settings["shortest"]}')
     return frames, actions
-
-
-def picture(env, observation, observed):
-    return np.array(observation if observed else env.render())
 
 
 # -----------------------------------------------------------------------------
@@ -171,57 +129,33 @@ def picture(env, observation, observed):
 
 def describe(settings):
     """What meta.json says about the actions: {'action_names': [A], 'controls': see controls.py}."""
-    env, _ = make(settings['env'], settings['import_'])
+    if settings['policy']:
+        load_policy(settings['policy'])  # says now if something is wrong with it
+    env, _ = make_seen(settings['env'], settings['import_'])
     spaces = extra('gymnasium').spaces
-    space = env.action_space
+    names = [f'number {i}' for i in range(spaces.flatdim(env.action_space))]
     known = MEANINGS.get(env.spec.name)
     if hasattr(env.unwrapped, 'get_action_meanings'):  # Atari's
         known = env.unwrapped.get_action_meanings()
-    elif isinstance(getattr(env.unwrapped, 'actions', None), type):  # MiniGrid's enumeration
-        known = [action.name for action in env.unwrapped.actions]
-    names = meanings(space, spaces)
     if known and len(known) == len(names):
         names = list(known)
     controls = None  # of a Box, play.py finds its own: the arrows, and sliders
-    if isinstance(space, spaces.Discrete):
+    if isinstance(env.action_space, spaces.Discrete):
         controls = discrete_controls(names)
-    elif env.spec.name == 'CarRacing' and len(names) == 3:
+    elif env.spec.name == 'CarRacing':
         keys = {'ArrowLeft': [-1, 0, 0], 'ArrowRight': [1, 0, 0], 'ArrowUp': [0, 1, 0],
                 'ArrowDown': [0, 0, 1]}
         controls = dict(rest=[0, 0, 0], keys=keys)
     return dict(action_names=names, controls=controls)
 
 
-def meanings(space, spaces):
-    """A name for each number of a flattened action."""
-    if isinstance(space, spaces.Discrete):
-        return [f'choice {space.start + i}' for i in range(space.n)]
-    if isinstance(space, spaces.MultiDiscrete):
-        names = []
-        for place, count in enumerate(space.nvec.ravel()):
-            names += [f'choice {i} of number {place}' for i in range(count)]
-        return names
-    if isinstance(space, spaces.Box):
-        bounds = zip(space.low.ravel(), space.high.ravel(), strict=True)
-        return [f'number {i}, from {low:g} to {high:g}' for i, (low, high) in enumerate(bounds)]
-    return [f'number {i}' for i in range(spaces.flatdim(space))]
-
-
 def discrete_controls(names):
     """Keys for a choice among names: arrows and Space where these say so, digits for the others."""
-    size = len(names)
-    rest = 0
-    for i, name in enumerate(names):
-        if name in REST:
-            rest = i
-    hot = np.eye(size)
+    hot = np.eye(len(names))
     keys, captions = {}, {}
-    for i, name in enumerate(names):
-        if i == rest:
-            continue
-        fitting = [key for key, words in KEYS.items() if name in words]
-        key = fitting[0] if fitting else f'Digit{i}'
-        if fitting or i < 10:
-            keys[key] = (hot[i] - hot[rest]).tolist()  # instead of resting
+    for i, name in enumerate(names[1:], start=1):  # the first is to do nothing
+        if name in KEYS or i < 10:
+            key = KEYS.get(name, f'Digit{i}')
+            keys[key] = (hot[i] - hot[0]).tolist()  # instead of resting
             captions[key] = name.lower()
-    return dict(rest=hot[rest].tolist(), keys=keys, captions=captions)
+    return dict(rest=hot[0].tolist(), keys=keys, captions=captions)

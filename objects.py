@@ -1,21 +1,15 @@
 """Where things are in a picture, found by their colours, and whether a dream has them there too.
 
-    python objects.py --what=pusht         # how far the detector is off on true pictures
-
-A world (envs.py) lists the COLOURS that its pictures are mixed of, and among them the OBJECTS to look
-for. Each pixel is taken apart into shares of those colours, so an edge blended into the background
-counts with the share it has, and a place is known to a fraction of a pixel. An object is found where
-there is about as much of its colour as it should have, and together: a smudge is too wide, and a
-faint trace is too little.
+A world (envs.py) lists the COLOURS that its pictures are mixed of, and among them the OBJECTS to
+look for. Each pixel is taken apart into shares of those colours, so an edge blended into the
+background counts with its share, and a place is known to a fraction of a pixel. An object is found
+where there is about as much of its colour as it should have, and together.
 """
 import numpy as np
 
-import envs
-from configurator import UserError, configure
-
 FAINT = 0.25  # a share of a colour below this is noise, or the edge of something else
-LEAST, MOST = 0.5, 1.75  # times its true area, for an object to be found
-WIDEST = 1.5  # times its true spread
+LEAST, MOST = 0.5, 1.75  # times its true area, for an object to be found: a trace is too little
+WIDEST = 1.5  # times its true spread: a smudge is too wide
 
 
 def shares(world, frames):
@@ -125,45 +119,11 @@ def columns(world):
 def cells(numbers):
     """One object's row of a table, of summarise's numbers; what nobody knows is empty."""
     values = [numbers['found'], *numbers['distance'], numbers['near'], numbers['iou']]
+    percent = (True, False, False, True, False)
     text = []
-    for value, percent in zip(values, (True, False, False, True, False), strict=True):
+    for value, is_share in zip(values, percent, strict=True):
         if value is None:
             text.append('')
         else:
-            text.append(f'{100 * value:.1f}' if percent else f'{value:.3g}')
+            text.append(f'{100 * value:.1f}' if is_share else f'{value:.3g}')
     return text
-
-
-def detector_error(world, episodes, size):
-    """{object: (share found, distances to where the simulator has it)} in an explorer's frames."""
-    found = {name: [] for name in world.OBJECTS}
-    distances = {name: [] for name in world.OBJECTS}
-    for seed in range(episodes):
-        world.reset(seed)
-        rng = np.random.default_rng([seed, 1])
-        for _ in range(world.steps):
-            world.step(world.explore(rng))
-            frame = world.render(size) / 255
-            true_places = world.places()
-            for name, (seen, place, _) in find(world, frame).items():
-                found[name].append(seen)
-                if seen:
-                    distances[name].append(np.linalg.norm(place - true_places[name]))
-    return {name: (np.mean(found[name]), np.array(distances[name])) for name in world.OBJECTS}
-
-
-if __name__ == '__main__':
-    # settings -----------------------------------------------------------------
-    what = 'wall'  # a world with OBJECTS
-    episodes = 10  # that its explorer plays [>= 1]
-    image_size = 0  # 0 is the world's own [>= 0]
-    # --------------------------------------------------------------------------
-    configure(globals())
-    world = envs.make_world(what)
-    if not hasattr(world, 'OBJECTS'):
-        raise UserError(f'{what}: it does not say what there is to look for, as OBJECTS does')
-    errors = detector_error(world, episodes, image_size or world.image_size)
-    for name, (share, distances) in errors.items():
-        median, tail, worst = np.percentile(distances, (50, 90, 100))
-        print(f'{name}: found in {100 * share:.1f} % of true frames, off by {median:.3g} (median), '
-              f'{tail:.3g} (90th percentile), {worst:.3g} (worst), of {world.SIDE:g}')

@@ -5,9 +5,6 @@ the program names. This machine does not: the few functions that make arrays and
 replaced by ours, and what any other would have made is `Inert`. Ours compare what the file claims
 (shape, strides, dtype) with the bytes it really holds: no file can ask for more memory than its
 size explains.
-
-    tree = read_torch('epoch=3.ckpt')    # of dicts, lists, tensors, numbers, strings and Inert
-    lengths = load_array('seq_lengths.pkl')
 """
 import contextlib
 import math
@@ -15,7 +12,7 @@ import os
 import pickletools
 import re
 import zipfile
-from types import MethodType, SimpleNamespace
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -26,19 +23,18 @@ MAX_OPCODES = 2_000_000  # a large checkpoint has 100,000; each may take about 1
 MAX_KEY = 1000  # characters of a key in a dict; the name of a parameter has fewer
 
 # opcodes whose argument is the value itself, and those that mean one value
-VALUES = set('INT BININT BININT1 BININT2 LONG LONG1 LONG4 FLOAT BINFLOAT STRING BINSTRING '
-             'SHORT_BINSTRING UNICODE BINUNICODE SHORT_BINUNICODE BINUNICODE8 BINBYTES '
-             'SHORT_BINBYTES BINBYTES8 BYTEARRAY8'.split())
+VALUES = {op.name for op in pickletools.opcodes
+          if op.arg and op.stack_after and op.stack_after[0].obtype is not object}
 CONSTANTS = {'NONE': None, 'NEWTRUE': True, 'NEWFALSE': False, 'EMPTY_TUPLE': ()}
-# opcodes that take so many objects from the stack, and those that take all above the last mark
+ALL = 'all above the last mark'
+# how many objects an opcode takes from the stack
 TAKE = {'TUPLE1': 1, 'TUPLE2': 2, 'TUPLE3': 3, 'APPEND': 1, 'SETITEM': 2, 'BUILD': 1,
-        'REDUCE': 2, 'NEWOBJ': 2, 'STACK_GLOBAL': 2, 'BINPERSID': 1}
-TAKE_TO_MARK = {'TUPLE', 'LIST', 'DICT', 'APPENDS', 'SETITEMS'}
+        'REDUCE': 2, 'NEWOBJ': 2, 'STACK_GLOBAL': 2, 'BINPERSID': 1,
+        'TUPLE': ALL, 'LIST': ALL, 'DICT': ALL, 'APPENDS': ALL, 'SETITEMS': ALL}
 
-STORAGES = {'DoubleStorage': torch.float64, 'FloatStorage': torch.float32,
-            'HalfStorage': torch.float16, 'BFloat16Storage': torch.bfloat16,
-            'LongStorage': torch.int64, 'IntStorage': torch.int32, 'ShortStorage': torch.int16,
-            'CharStorage': torch.int8, 'ByteStorage': torch.uint8, 'BoolStorage': torch.bool}
+STORAGES = {'Double': torch.float64, 'Float': torch.float32, 'Half': torch.float16,
+            'BFloat16': torch.bfloat16, 'Long': torch.int64, 'Int': torch.int32,
+            'Short': torch.int16, 'Char': torch.int8, 'Byte': torch.uint8, 'Bool': torch.bool}
 
 
 class Inert(dict):
@@ -58,17 +54,17 @@ class Machine:
         self.memo = {}  # a dict: to put something at place 2**31 takes no room
         self.storages = {}
         self.known = {  # what stands for the classes and functions that a file may name
-            ('_codecs', 'encode'): self.encode,
-            ('numpy', 'dtype'): self.dtype,
-            ('numpy', '_reconstruct'): self.unfilled_array,
+            ('_codecs', 'encode'): lambda text, *_: text,  # protocol 2's bytes; `array` makes them
+            ('numpy', 'dtype'): lambda code, *_: SimpleNamespace(code=code, order='='),
+            ('numpy', '_reconstruct'): lambda *_: np.empty(0, np.uint8),  # `build` fills it
             ('numpy', '_frombuffer'): self.array,
             ('numpy', 'scalar'): self.scalar,
             ('torch', '_rebuild_tensor_v2'): self.tensor,
-            ('torch', '_rebuild_parameter'): self.parameter,
-            ('torch', '_rebuild_parameter_with_state'): self.parameter,
+            ('torch', '_rebuild_parameter'): lambda tensor, *_: tensor,
+            ('torch', '_rebuild_parameter_with_state'): lambda tensor, *_: tensor,
         }
         for name, dtype in STORAGES.items():
-            self.known['torch', name] = dtype
+            self.known['torch', f'{name}Storage'] = dtype
 
     def read(self):
         if not zipfile.is_zipfile(self.path):
@@ -77,9 +73,7 @@ class Machine:
         with zipfile.ZipFile(self.path) as archive:
             self.archive = archive
             indices = [name for name in archive.namelist() if name.endswith('/data.pkl')]
-            if not indices:
-                raise ValueError('no data.pkl in it, which torch.save writes')
-            self.index = indices[0]
+            self.index, *_ = indices  # torch.save writes one
             return self.run(self.unzip(self.index))
 
     def run(self, data):
@@ -88,17 +82,17 @@ class Machine:
                 raise ValueError(f'more than {MAX_OPCODES:,} opcodes')
             if opcode.name == 'STOP' and position + 1 < len(data):
                 raise ValueError('more than one pickle, as PyTorch before 1.6 wrote')
-            self.step(opcode.name, arg, self.take(opcode.name))
+            self.step(opcode.name, arg, self.take(TAKE.get(opcode.name, 0)))
         return self.stack.pop()
 
-    def take(self, name):
+    def take(self, number):
         """The objects that an opcode works on, taken from the stack."""
         items = []
-        if name in TAKE:
-            items = self.stack[-TAKE[name]:]
-            del self.stack[-TAKE[name]:]
-        elif name in TAKE_TO_MARK:
+        if number == ALL:
             items, self.stack = self.stack, self.marks.pop()
+        elif number:
+            items = self.stack[-number:]
+            del self.stack[-number:]
         return items
 
     def step(self, name, arg, items):
@@ -139,7 +133,7 @@ class Machine:
                 push(self.storage(*items))
             case 'REDUCE':
                 function, args = items
-                push(function(*args) if type(function) is MethodType else Inert())
+                push(function(*args) if callable(function) else Inert())
             case 'BUILD':
                 self.build(self.stack[-1], *items)
             case 'NEWOBJ':
@@ -179,16 +173,6 @@ class Machine:
         if self.room < 0:
             raise ValueError('it asks for more memory than its size explains')
 
-    def encode(self, text, encoding='latin1'):
-        """How protocol 2 writes bytes; `array` makes them."""
-        return text
-
-    def dtype(self, code, *_):
-        return SimpleNamespace(code=code, order='=')
-
-    def unfilled_array(self, *_):
-        return np.empty(0, np.uint8)
-
     def array(self, data, dtype, shape, order='C'):
         if type(dtype) is not SimpleNamespace or type(data) not in (str, bytes, bytearray):
             return Inert()  # protocol 2 calls a function for no bytes
@@ -211,9 +195,6 @@ class Machine:
         if type(storage) is not torch.Tensor or count(size) > len(storage):
             return Inert()  # one with more numbers than its storage was expanded, and is no weight
         return storage.as_strided(size, stride, offset)  # which stays inside, or raises
-
-    def parameter(self, tensor, *_):
-        return tensor
 
     def storage(self, pid):
         """The 1-D tensor of pid, ('storage', dtype, key, device, length)."""

@@ -5,9 +5,9 @@
     python data.py rt1 --root=path/to/fractal     # or convert a published dataset to latents
     python data.py clips --root=path --name=mine --latents=False --image_size=64     # or your own
 
-Every episode becomes a part, a file in <out>.partial that gets its name when it is whole: a part
-that is there is done. So a preparation may be killed at any moment and go on, with any number of
-processes, to the same bytes. In the end the parts are joined: the disk must hold the result twice.
+Every episode becomes a part, a file in <out>.partial that gets its name when it is whole. So a
+preparation may be killed at any moment and go on, with any number of processes, to the same bytes.
+In the end the parts are joined: the disk must hold the result twice.
 """
 import fcntl
 import json
@@ -16,7 +16,7 @@ import re
 import shutil
 import statistics
 import sys
-import zipfile
+from collections import ChainMap
 from datetime import timedelta
 from functools import partial
 
@@ -28,21 +28,11 @@ from tqdm import tqdm
 import controls
 import envs
 import gym_worlds
+import machine
 import readers
+import recordings
 from configurator import UserError, check_choice, configure
 from data import action_range, to_model
-from machine import (
-    RANK,
-    WORLD_SIZE,
-    barrier,
-    join_processes,
-    leave_processes,
-    name_of,
-    pick_device,
-    seconds,
-    under_results,
-    write_whole,
-)
 from vae import load_vae
 
 # settings ---------------------------------------------------------------------
@@ -78,22 +68,19 @@ val_starts = ''  # .npy with the first frame of each validation file's fixed cli
 
 
 def plan(episodes, folder, settings):
-    """{path of the part, without its ending: Episode} of all that is to be written, training first.
+    """{path of the part, without its ending: Episode}, training first. Raises UserError.
 
-    Latents, and data with published starts, are validated on one stretch each of some episodes:
-    metrics compare with the original pixels, and only those of the stretches have to be kept.
-    Raises UserError.
+    Latents, and data with published starts, are validated on a stretch each of some episodes:
+    metrics compare with the original pixels, which are kept of these stretches only.
     """
     rng = np.random.default_rng(settings['seed'])
     num_val = max(1, round(settings['val_share'] * len(episodes)))
     held_out = set(rng.permutation(len(episodes))[:num_val].tolist())
-    train, val = {}, {}
+    parts = {'train': {}, 'val': {}}
     for i, episode in enumerate(episodes):
-        path = f'{folder}/{i:06d}'
-        if episode.split == 'val' or (not episode.split and i in held_out):
-            val[path] = episode._replace(split='val')
-        else:
-            train[path] = episode._replace(split='train')
+        split = episode.split or ('val' if i in held_out else 'train')
+        parts[split][f'{folder}/{i:06d}'] = episode._replace(split=split)
+    train, val = parts.values()
     if not train or not val:
         raise UserError(f'{len(episodes)} episodes: expected at least one for training '
                         'and one for validation')
@@ -119,16 +106,13 @@ def begin(path, settings):
     """Note what is being prepared, or compare with what was begun. Raises UserError."""
     settings = json.loads(json.dumps(settings))  # as it would be read
     if os.path.exists(path):
-        try:
-            with open(path) as f:
-                begun = dict(json.load(f))
-        except (ValueError, TypeError) as e:
-            raise UserError(f'{path} is broken ({e}): delete {os.path.dirname(path)}') from e
+        with open(path) as f:
+            begun = json.load(f)
         changed = [key for key in settings if settings[key] != begun.get(key)]
         if changed:
             raise UserError(f'{os.path.dirname(path)} was begun with other settings '
                             f'({", ".join(changed)}): use those again, or delete it')
-    write_whole(path, json.dumps(settings))
+    machine.write_whole(path, json.dumps(settings))
 
 
 def say_cost(episodes, vae, size):
@@ -136,29 +120,30 @@ def say_cost(episodes, vae, size):
     device = str(vae.quant_conv.weight.device)
     batch = torch.zeros(1 if device == 'cpu' else 32, 3, *size, device=device)
     vae.encode(batch)  # the first time is slower
-    rate = WORLD_SIZE * len(batch) / seconds(lambda: vae.encode(batch), device)
+    rate = machine.WORLD_SIZE * len(batch) / machine.seconds(lambda: vae.encode(batch), device)
     lengths = [min(e.length, e.num_frames or e.length) for e in episodes if e.length > 0]
     frames, whose = 1000, 'each 1,000'
     if lengths:
         frames = round(len(episodes) * statistics.mean(lengths))
         whose = f'about {frames:,}'
     print(f'encoding {whose} frames of {size[0]}x{size[1]} takes {frames / rate / 3600:.2f} hours, '
-          f'at {rate:.1f} a second ({WORLD_SIZE} x {name_of(device)}); --episodes= tries a few')
+          f'at {rate:.1f} a second ({machine.WORLD_SIZE} x {machine.name_of(device)}); '
+          '--episodes= tries a few')
 
 
 def prepare(out, settings, vae=None, workers=0):
     """Write the episodes of a dataset into the folder `out`, as pixels or as latents of a VAE.
 
-    Under torchrun each process does every WORLD_SIZE-th part, with so many workers of its own that
-    read ahead. Raises UserError.
+    Under torchrun each process does its share, with so many workers of its own that read ahead.
+    Raises UserError.
     """
     episodes = readers.list_episodes(settings)
     parts = plan(episodes, f'{out}.partial', settings)
     if os.path.exists(out):
         raise UserError(f'{out} is there already; delete it to make it again, '
                         'or choose another --out')
-    join_processes(timeout=timedelta(days=30))
-    if RANK == 0:
+    machine.join_processes(timeout=timedelta(days=30))
+    if machine.RANK == 0:
         os.makedirs(f'{out}.partial', exist_ok=True)
         lock = open(f'{out}.partial/lock', 'w')  # closed by the end of this process, of any kind
         try:
@@ -168,50 +153,50 @@ def prepare(out, settings, vae=None, workers=0):
         weights = vae and vae.quant_conv.weight.sum().item()  # tells one autoencoder from another
         files = [episode.name for episode in episodes]
         begin(f'{out}.partial/begun.json', settings | dict(vae=weights, files=files))
-    barrier()
-    mine = list(parts)[RANK::WORLD_SIZE]
+    machine.barrier()
+    mine = list(parts)[machine.RANK::machine.WORLD_SIZE]
     todo = [path for path in mine if not os.path.exists(f'{path}.npz')]
-    if RANK == 0 and vae and todo:
+    if machine.RANK == 0 and vae and todo:
         left = [parts[path] for path in parts if not os.path.exists(f'{path}.npz')]
         say_cost(left, vae, settings['image_size'])
     reading = DataLoader(
         [parts[path] for path in todo], batch_size=None, num_workers=min(workers, len(todo)),
         multiprocessing_context='spawn' if workers and todo else None,
         worker_init_fn=readers.start_worker,
-        collate_fn=partial(readers.read_episode, size=settings['image_size'], how=settings['resize']))
-    with tqdm(total=len(mine), initial=len(mine) - len(todo), unit='episode', disable=RANK > 0,
-              desc=f'preparing {os.path.basename(out)}') as bar:
+        collate_fn=partial(recordings.read_episode, size=settings['image_size'],
+                           how=settings['resize']))
+    errors = {}
+    with tqdm(desc=f'preparing {os.path.basename(out)}', unit='episode', total=len(mine),
+              initial=len(mine) - len(todo), disable=machine.RANK > 0) as bar:
         for path, (pixels, actions, error) in zip(todo, reading, strict=True):
             if error:
                 bar.write(f'skipped {parts[path].name}: {error}')
-                with open(f'{path}.error', 'w') as f:
-                    f.write(error)
+                errors[path] = error
             else:
                 write_part(path, pixels, actions, vae, keep_pixels=parts[path].split == 'val')
             bar.update()
-    barrier()
-    if RANK == 0:
-        assemble(out, parts, settings)
+    errors = ChainMap(*machine.gather(errors))
+    if machine.RANK == 0:
+        assemble(out, parts, errors, settings)
         lock.close()
-    barrier()
-    leave_processes()
+    machine.barrier()
+    machine.leave_processes()
 
 
 # -----------------------------------------------------------------------------
 # putting the parts together
 
-def assemble(out, parts, settings):
+def assemble(out, parts, errors, settings):
     """Join the parts in a folder beside them, which gets its name when it is whole."""
     whole = f'{out}.partial/whole'
     shutil.rmtree(whole, ignore_errors=True)  # what a killed run joined
-    done = [path for path in parts if os.path.exists(f'{path}.npz')]
-    shapes = {path: read_part(path, 'actions').shape for path in done}
+    done = [path for path in parts if path not in errors]
+    shapes = {path: np.load(f'{path}.npz')['actions'].shape for path in done}
     width = statistics.mode([shape[1] for shape in shapes.values()] or [0])  # the usual one
     good, broken = {'train': [], 'val': []}, {}
     for path, episode in parts.items():
-        if path not in shapes:
-            with open(f'{path}.error') as f:
-                broken[episode.name] = f.read()
+        if path in errors:
+            broken[episode.name] = errors[path]
         elif shapes[path][1] != width:
             broken[episode.name] = f'{shapes[path][1]} numbers an action, where others have {width}'
             print(f'skipped {episode.name}: {broken[episode.name]}')
@@ -243,37 +228,29 @@ def assemble(out, parts, settings):
           f'{len(broken)} broken ones skipped')
 
 
-def read_part(path, array):
-    """An array of a part. Raises UserError."""
-    try:
-        return np.load(f'{path}.npz')[array]
-    except (OSError, ValueError, LookupError, EOFError, zipfile.BadZipFile) as e:
-        raise UserError(f'{path}.npz is broken ({e}): delete it, and the same command makes it '
-                        'again') from e
-
-
 def join(target, parts, array, rows):
     """Write an array of all parts, one after the other, as one .npy file of so many rows."""
-    first = read_part(parts[0], array)
+    first = np.load(f'{parts[0]}.npz')[array]
     header = dict(descr=first.dtype.str, fortran_order=False, shape=(rows, *first.shape[1:]))
     with open(target, 'wb') as f:  # on a full disk, a mapped file would kill the process
         np.lib.format.write_array_header_1_0(f, header)
         for path in parts:
-            f.write(read_part(path, array))
+            f.write(np.load(f'{path}.npz')[array])
 
 
 # -----------------------------------------------------------------------------
 # what is asked for
 
+WORLDS = envs.WORLDS | {'gym': gym_worlds.Gym}
+
+
 def parse_size(text):
     """(height, width) of '64' or '320,512'. Raises UserError."""
     sides = [int(side) if side.isdecimal() else 0 for side in text.split(',')]
-    if len(sides) == 1:
-        sides = 2 * sides
-    if len(sides) != 2 or min(sides) < 8:
+    if len(sides) > 2 or min(sides) < 8:
         raise UserError(f'image_size={text}: expected a number like 64, or height,width like '
                         '320,512, of 8 or more')
-    return tuple(sides)
+    return sides[0], sides[-1]
 
 
 def complete(settings):
@@ -281,26 +258,20 @@ def complete(settings):
     where = ('out', 'workers', 'vae', 'device')
     settings = {key: value for key, value in settings.items() if key not in where}
     what, size = settings['what'], settings['image_size']
-    if what in envs.WORLDS:
-        world = envs.WORLDS[what]
+    check_choice('what', what, WORLDS | readers.DATASETS)
+    check_choice('resize', settings['resize'], recordings.RESIZE)
+    if what in WORLDS:
         settings['latents'] = False
-        settings['episodes'] = settings['episodes'] or world.episodes
-        size = size or str(world.image_size)
-    elif what == 'gym':
-        settings['latents'] = False
-        settings['episodes'] = settings['episodes'] or gym_worlds.EPISODES
-        settings |= gym_worlds.describe(settings)
-        size = size or '64'
-    elif what in readers.DATASETS:
+        settings['episodes'] = settings['episodes'] or WORLDS[what].episodes
+        size = size or str(WORLDS[what].image_size)
+    else:
         variable = readers.DATASETS[what].variable
         settings['root'] = settings['root'] or os.environ.get(variable, '')
         if not settings['root']:
             instead = f', or set {variable}' if variable else ''
             raise UserError(f'where are the files of {what}? Say --root=<folder>{instead}')
-    else:
-        known = ', '.join([*envs.WORLDS, 'gym', *readers.DATASETS])
-        raise UserError(f'{what!r}: unknown dataset; expected one of {known}')
-    check_choice('resize', settings['resize'], readers.RESIZE)
+    if what == 'gym':
+        settings |= gym_worlds.describe(settings)
     settings['name'] = settings['name'] or what
     settings['image_size'] = parse_size(size or '256')
     if settings['latents'] and any(side % 8 for side in settings['image_size']):
@@ -314,23 +285,20 @@ if __name__ == '__main__':
     if arguments and not arguments[0].startswith('-'):
         arguments[0] = f'--what={arguments[0]}'  # python data.py wall
     __doc__ += '\nWorlds and datasets:\n\n'
-    for known, row in (envs.WORLDS | readers.DATASETS).items():
+    for known, row in (WORLDS | readers.DATASETS).items():
         __doc__ += f'    {known:18}{row.about}\n'
-    __doc__ += f'    {"gym":18}any Gymnasium environment, --env=\n'
     # `import` cannot be the name of a setting in Python
     arguments = [re.sub('^--import=', '--import_=', argument) for argument in arguments]
     settings = complete(configure(globals(), argv=arguments))
-    out = under_results(out or f'data/{settings["name"]}')
+    out = machine.under_results(out or f'data/{settings["name"]}')
     encoder = None
     if settings['latents']:
-        device = pick_device(device)
+        device = machine.pick_device(device)
         try:
             encoder = load_vae(vae, device)
         except UserError as e:
             raise UserError(f'{e}; --latents=False keeps pixels') from e
     try:
         prepare(out, settings, encoder, workers)
-    except OSError as e:
-        raise UserError(str(e)) from e
     except KeyboardInterrupt as e:
         raise UserError(f'interrupted; the same command goes on from {out}.partial') from e

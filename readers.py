@@ -1,27 +1,22 @@
 """Where episodes come from: the worlds of envs.py, published datasets, and your own recordings.
 
-Each reader lists the episodes of one kind of folder, and each episode knows how to read itself;
-prepare.py does the rest. To add a dataset, write such a function and give it a row in DATASETS, at
-the end. The files come from strangers: nothing in them is run, and nothing that they say makes us
-read a file elsewhere.
+Each reader lists the episodes of one kind of folder; prepare.py does the rest. To add a dataset,
+write such a function and give it a row in DATASETS, at the end. The files come from strangers:
+nothing in them is run, and nothing that they say makes us read a file elsewhere.
 """
 import glob
 import json
-import math
 import multiprocessing
 import os
 import re
 import signal
 import threading
-from collections import Counter
 from collections.abc import Callable
 from functools import cache, lru_cache, partial
 from itertools import islice
 from typing import NamedTuple
 
 import numpy as np
-import torch
-import torch.nn.functional as F
 
 import envs
 import gym_worlds
@@ -33,10 +28,8 @@ from recordings import Episode, clips, natural, ordinary, read_video
 def list_episodes(settings):
     """The Episodes of the world or dataset that prepare.py's settings name. Raises UserError."""
     what, count = settings['what'], settings['episodes']
-    if what in envs.WORLDS:
-        return world(settings)
-    if what == 'gym':
-        return gym_worlds.list_episodes(settings)
+    if what == 'gym' or what in envs.WORLDS:
+        return played(settings)
     root = os.path.abspath(os.path.expanduser(settings['root']))
     try:
         episodes = DATASETS[what].reader(root, settings)
@@ -50,65 +43,6 @@ def list_episodes(settings):
         chosen = np.linspace(0, len(episodes) - 1, count).astype(int)
         episodes = [episodes[i] for i in chosen]
     return episodes
-
-
-def read_episode(episode, size, how='stretch'):
-    """(pixels uint8 [T,3,*size], actions float32 [T,A], ''), or (None, None, what is wrong)."""
-    try:
-        frames, actions = episode.read()
-        pixels = [resize(frame, size, how) for frame in frames]  # only the small ones are kept
-        actions = np.asarray(actions)
-        if actions.dtype.kind not in 'fiub':
-            raise ValueError(f'actions are {actions.dtype}; expected numbers')
-        actions = actions.astype(np.float32)
-        if len(actions) == len(pixels) - 1:  # nothing was done at the last frame
-            actions = np.concatenate([actions, actions[-1:]])
-        if len(actions) != len(pixels) or actions.ndim != 2:
-            raise ValueError(f'{len(pixels)} frames, but actions {list(actions.shape)}')
-        if not np.isfinite(actions).all():
-            raise ValueError('some actions are not finite')
-        if episode.num_frames:
-            first = episode.start
-            if first < 0:
-                first = max(0, (len(pixels) - episode.num_frames) // 2)  # from the middle
-            pixels = pixels[first:first + episode.num_frames]
-            actions = actions[first:first + episode.num_frames]
-        if not pixels:
-            raise ValueError('it has no frames, or none where its validation clip begins')
-        return np.stack(pixels), actions, ''
-    except Exception as e:  # whatever is wrong with one episode, the others go on
-        return None, None, f'{type(e).__name__}: {e}'
-
-
-RESIZE = ('stretch', 'pad', 'crop')
-
-
-def resize(frame, size, how='stretch'):
-    """uint8 [H,W,3] -> uint8 [3,*size], bilinear and anti-aliased.
-
-    A picture of another shape is stretched; or pad keeps all of it, between black borders; or crop
-    keeps its middle.
-    """
-    if frame.dtype != np.uint8 or frame.ndim != 3 or frame.shape[2] != 3:
-        raise ValueError(f'a frame is {frame.dtype} {list(frame.shape)}; expected uint8 [H,W,3]')
-    x = torch.from_numpy(np.require(frame, requirements=['C', 'W'])).permute(2, 0, 1)
-    height, width = x.shape[1:]
-    inner = size
-    if how == 'pad':
-        scale = min(size[0] / height, size[1] / width)
-        inner = max(1, round(height * scale)), max(1, round(width * scale))
-    elif how == 'crop':
-        rows = min(height, max(1, round(width * size[0] / size[1])))
-        columns = min(width, max(1, round(height * size[1] / size[0])))
-        top, left = (height - rows) // 2, (width - columns) // 2
-        x = x[:, top:top + rows, left:left + columns]
-    if x.shape[1:] != inner:
-        x = F.interpolate(x[None].float(), inner, mode='bilinear', antialias=True)[0]
-        x = x.round().clamp(0, 255).byte()
-    if inner != size:
-        down, across = size[0] - inner[0], size[1] - inner[1]
-        x = F.pad(x, (across // 2, across - across // 2, down // 2, down - down // 2))
-    return x.numpy()
 
 
 def start_worker(_):
@@ -132,17 +66,21 @@ def find(root, pattern):
 # -----------------------------------------------------------------------------
 # worlds: here reading is playing. Every episode has a seed of its own; the last tenth validates
 
-def world(settings):
+def played(settings):
     name, count, (height, width) = settings['what'], settings['episodes'], settings['image_size']
-    simulator(name)  # says now if it is not installed
-    if height != width:
-        raise UserError(f'image_size={height},{width}: {name} draws square pictures')
+    if name == 'gym':
+        name, play_it = settings['env'], partial(gym_worlds.play, settings)
+    else:
+        play_it = partial(play, name, height)
+        simulator(name)  # says now if it is not installed
+        if height != width:
+            raise UserError(f'image_size={height},{width}: {name} draws square pictures')
     num_train = count - max(1, count // 10)
     episodes = []
     for i in range(count):
         split = 'train' if i < num_train else 'val'
-        play_it = partial(play, name, height, settings['seed'] * 1_000_000 + i)
-        episodes.append(Episode(f'{name} {i}', play_it, split))
+        read = partial(play_it, settings['seed'] * 1_000_000 + i)
+        episodes.append(Episode(f'{name} {i}', read, split))
     return episodes
 
 
@@ -190,9 +128,6 @@ def lerobot(root, settings):
             columns = [name for name in names if not name.startswith('stats/')]
             rows += parquet.read_table(path, columns=columns).to_pylist()
 
-    listed = Counter(row['episode_index'] for row in rows)
-    if listed and max(listed.values()) > 1:  # it could train and validate
-        raise ValueError(f'episode {listed.most_common(1)[0][0]} is listed more than once')
     episodes = []
     for row in rows:
         number, length = row['episode_index'], int(row['length'])
@@ -207,10 +142,9 @@ def lerobot(root, settings):
 
 
 def fill(template, row, prefix):
-    """The path that a template means for an episode with this row of metadata.
+    """The path that a template means for an episode; v3 has its fields under `prefix`.
 
-    v2 gives each episode files of its own; v3 packs many into one, and the row says under `prefix`
-    into which. Not by str.format: a stranger's width of 10^9 would take gigabytes.
+    Not by str.format: a stranger's width of 10^9 would take gigabytes.
     """
     def value(field):
         name, width = field.groups()
@@ -226,9 +160,7 @@ def inside(root, path):
     real_root, real = os.path.realpath(root), os.path.realpath(os.path.join(root, path))
     if os.path.commonpath([real_root, real]) != real_root:
         raise ValueError(f'{path} leads out of the folder, where nothing is read')
-    if not os.path.isfile(real):
-        raise ValueError(f'{path}: no such file')
-    return real
+    return ordinary(real)
 
 
 @lru_cache(maxsize=1)  # the next episode is in the same file
@@ -259,7 +191,7 @@ def csgo(root, settings):
     start = {}
     if settings['val_starts']:
         numbers = np.load(settings['val_starts'], allow_pickle=False)
-        start = dict(zip(val, whole_numbers(numbers, math.inf), strict=True))
+        start = dict(zip(val, whole_numbers(numbers, 999), strict=True))
     episodes = []
     for path in find(root, '**/hdf5_dm_july2021_[0-9]*.hdf5'):
         name = os.path.basename(path).removesuffix('.hdf5')
@@ -275,18 +207,14 @@ def listed(path):
     if not path:
         return []
     with open(path) as f:
-        names = [os.path.basename(line.strip()) for line in f]
-    return [name.removesuffix('.hdf5') for name in names if name]
+        return [os.path.basename(name).removesuffix('.hdf5') for name in f.read().split()]
 
 
 def whole_numbers(array, most):
     """The array as a list of ints, from 0 to `most`. Raises ValueError."""
-    numbers = array.ravel()
-    with np.errstate(invalid='ignore'):
-        whole = numbers.astype(int)
-    if (whole != numbers).any() or (whole < 0).any() or (whole > most).any():
-        raise ValueError(f'expected whole numbers from 0 to {most}, found {numbers.min()} to {numbers.max()}')
-    return whole.tolist()
+    if not np.isin(array, np.arange(most + 1)).all():
+        raise ValueError(f'expected whole numbers from 0 to {most}')
+    return array.ravel().astype(int).tolist()
 
 
 def read_csgo(path):
@@ -310,26 +238,8 @@ def own_array(f, name):
 # -----------------------------------------------------------------------------
 # the DINO-WM sets (Zhou et al. 2024): actions [N,T,A], padded; a file of frames for each episode
 
-def dino_maze(name, root, settings):
-    return dino_episodes(f'{root}/{name}', 'actions.pth', 'obses/episode_{:03d}.pth')
-
-
-def dino_deformable(name, root, settings):
-    return dino_episodes(f'{root}/deformable/{name}', 'actions.pth', '{:06d}/obses.pth')
-
-
-def dino_pusht(root, settings):
-    """It comes with a split, as video."""
-    extra('av')
-    episodes = []
-    for split in ('train', 'val'):
-        folder = f'{root}/pusht_noise/{split}'
-        for episode in dino_episodes(folder, 'rel_actions.pth', 'obses/episode_{:03d}.mp4'):
-            episodes.append(episode._replace(split=split))
-    return episodes
-
-
-def dino_episodes(folder, actions_file, frames_file):
+def dino(folder, frames_file, root, settings, actions_file='actions.pth'):
+    folder = f'{root}/{folder}'
     actions = load_array(find(folder, actions_file)[0])
     lengths = [actions.shape[1]] * len(actions)
     found = glob.glob(f'{glob.escape(folder)}/seq_lengths.p*')  # none where all are equally long
@@ -338,12 +248,23 @@ def dino_episodes(folder, actions_file, frames_file):
     episodes = []
     for i, (length, padded) in enumerate(zip(lengths, actions, strict=True)):
         path = os.path.join(folder, frames_file.format(i))
-        read = partial(read_dino_wm, path, padded[:length])
+        read = partial(read_dino, path, padded[:length])
         episodes.append(Episode(path, read, length=length))
     return episodes
 
 
-def read_dino_wm(path, actions):
+def dino_pusht(root, settings):
+    """It comes with a split, as video."""
+    extra('av')
+    episodes = []
+    for split in ('train', 'val'):
+        for episode in dino(f'pusht_noise/{split}', 'obses/episode_{:03d}.mp4', root, settings,
+                            actions_file='rel_actions.pth'):
+            episodes.append(episode._replace(split=split))
+    return episodes
+
+
+def read_dino(path, actions):
     if path.endswith('.mp4'):  # PushT, whose actions are pixels: they become hundredths
         return islice(read_video(path), len(actions)), actions.astype(np.float32) / 100
     frames = load_array(path)[:len(actions)]
@@ -357,6 +278,9 @@ def read_dino_wm(path, actions):
 
 # -----------------------------------------------------------------------------
 
+MAZE, ROPE = 'obses/episode_{:03d}.pth', '{:06d}/obses.pth'  # where DINO-WM has frames
+
+
 class Dataset(NamedTuple):
     reader: Callable  # (root, settings) -> Episodes
     variable: str  # of the environment, that says where the files are; '' is none
@@ -366,11 +290,11 @@ class Dataset(NamedTuple):
 DATASETS = {
     'rt1': Dataset(lerobot, 'RT1_DATA_ROOT', 'RT-1, a robot arm'),
     'csgo': Dataset(csgo, 'CSGO_DATA_DIR', 'Counter-Strike deathmatch'),
-    'dino_point_maze': Dataset(partial(dino_maze, 'point_maze'), 'DATASET_DIR', 'of DINO-WM'),
-    'dino_wall': Dataset(partial(dino_maze, 'wall_single'), 'DATASET_DIR', 'of DINO-WM'),
-    'dino_pusht': Dataset(dino_pusht, 'DATASET_DIR', 'of DINO-WM'),
-    'dino_rope': Dataset(partial(dino_deformable, 'rope'), 'DATASET_DIR', 'of DINO-WM'),
-    'dino_granular': Dataset(partial(dino_deformable, 'granular'), 'DATASET_DIR', 'of DINO-WM'),
+    'dino_point_maze': Dataset(partial(dino, 'point_maze', MAZE), 'DATASET_DIR', 'DINO-WM'),
+    'dino_wall': Dataset(partial(dino, 'wall_single', MAZE), 'DATASET_DIR', 'DINO-WM'),
+    'dino_pusht': Dataset(dino_pusht, 'DATASET_DIR', 'DINO-WM'),
+    'dino_rope': Dataset(partial(dino, 'deformable/rope', ROPE), 'DATASET_DIR', 'DINO-WM'),
+    'dino_granular': Dataset(partial(dino, 'deformable/granular', ROPE), 'DATASET_DIR', 'DINO-WM'),
     'lerobot': Dataset(lerobot, '', 'any LeRobot dataset with video, v2.0 to v3.0'),
     'clips': Dataset(clips, '', 'your videos, GIFs, arrays or folders of pictures, and actions'),
 }

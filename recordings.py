@@ -5,7 +5,6 @@
 
 Frames come one at a time, uint8 [H,W,3]: a minute of 1080p video would take 11 GB of memory.
 """
-import csv
 import glob
 import os
 import re
@@ -33,10 +32,48 @@ class Episode(NamedTuple):
     length: int = 0  # the frames of the whole, where that is known before it is read
 
 
+def read_episode(episode, size, how='stretch'):
+    """(pixels uint8 [T,3,*size], actions float32 [T,A], ''), or (None, None, what is wrong)."""
+    try:
+        frames, actions = episode.read()
+        pixels = [resize(frame, size, how) for frame in frames]  # only the small ones are kept
+        actions = np.asarray(actions)
+        if actions.dtype.kind not in 'fiub':
+            raise ValueError(f'actions are {actions.dtype}; expected numbers')
+        actions = actions.astype(np.float32)
+        if len(actions) == len(pixels) - 1:  # nothing was done at the last frame
+            actions = np.concatenate([actions, actions[-1:]])
+        if len(actions) != len(pixels) or actions.ndim != 2:
+            raise ValueError(f'{len(pixels)} frames, but actions {list(actions.shape)}')
+        if not np.isfinite(actions).all():
+            raise ValueError('some actions are not finite')
+        first, count = episode.start, episode.num_frames or len(pixels)
+        if first < 0:
+            first = max(0, (len(pixels) - count) // 2)  # from the middle
+        pixels, actions = pixels[first:first + count], actions[first:first + count]
+        if not pixels:
+            raise ValueError('it has no frames, or none where its validation clip begins')
+        return np.stack(pixels), actions, ''
+    except Exception as e:  # whatever is wrong with one episode, the others go on
+        return None, None, f'{type(e).__name__}: {e}'
+
+
+RESIZE = {  # a picture of another shape: the whole between black borders, or its middle
+    'stretch': Image.Image.resize, 'pad': ImageOps.pad, 'crop': ImageOps.fit}
+
+
+def resize(frame, size, how='stretch'):
+    """uint8 [H,W,3] -> uint8 [3,*size], bilinear and anti-aliased."""
+    if frame.dtype != np.uint8 or frame.ndim != 3 or frame.shape[2] != 3:
+        raise ValueError(f'a frame is {frame.dtype} {list(frame.shape)}; expected uint8 [H,W,3]')
+    picture = Image.fromarray(np.ascontiguousarray(frame))
+    picture = RESIZE[how](picture, size[::-1], Image.Resampling.BILINEAR)
+    return np.asarray(picture).transpose(2, 0, 1)
+
+
 def clips(root, settings):
     """The Episodes of a folder of recordings. Raises UserError."""
-    recordings = {}  # {path without its ending: path}
-    arrays = {}
+    recordings, arrays = {}, {}  # {path without its ending: path}
     for path in glob.glob(f'{glob.escape(root)}/*'):
         stem, ending = os.path.splitext(path)
         if pictures(path):
@@ -114,13 +151,11 @@ def read_actions(path):
     if path.endswith('.npy'):
         values = np.load(ordinary(path), allow_pickle=False)
         return values.reshape(len(values), -1)
-    with open(ordinary(path), newline='', encoding='utf-8-sig') as f:  # spreadsheets begin with a mark
-        rows = [row for row in csv.reader(f) if row]
+    options = dict(dtype=np.float32, delimiter=',', quotechar='"', ndmin=2, encoding='utf-8-sig')
     try:
-        float(rows[0][0])
-    except ValueError:
-        rows = rows[1:]
-    return np.array(rows, dtype=np.float32)
+        return np.loadtxt(ordinary(path), **options)
+    except ValueError:  # it begins with names
+        return np.loadtxt(path, **options, skiprows=1)
 
 
 def natural(text):

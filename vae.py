@@ -5,11 +5,10 @@
     frames = vae.decode(latents)
 
 A convolutional network that halves the picture three times, and its mirror image (Rombach et al.
-2022, arXiv 2112.10752). Modules carry the names of the published weights, so that loading is
-load_state_dict. Read `VAE` first, then `encoder`, then `ResnetBlock`.
+2022, arXiv 2112.10752). Modules carry the names of the published weights. Read `VAE` first, then
+`encoder`, then `ResnetBlock`.
 """
 import os
-import re
 from collections import OrderedDict
 from functools import partial
 
@@ -18,15 +17,14 @@ import torch.nn as nn
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
-from checkpoint import check_fit, check_numbers, hub_file, load_weights
+from checkpoint import check_fit, check_numbers
 from configurator import UserError
 from pickles import refusing
 
 WIDTHS = (128, 256, 512, 512)  # channels at full, half, quarter and eighth resolution
 SCALE = 0.18215  # brings Stable Diffusion's latents to unit variance
-# pixels at once: 1 or 16 frames of 256x256, of which the largest activation takes 64 MiB a frame
-CPU_PIXELS = 2 ** 16
-GPU_PIXELS = 2 ** 20
+# pixels at once, 1 or 16 frames of 256x256: the largest activation takes 64 MiB a frame
+CPU_PIXELS, GPU_PIXELS = 2 ** 16, 2 ** 20
 FILE = 'diffusion_pytorch_model.safetensors'
 FOLDER = 'pretrained/sd-vae-ft-mse'
 # older files name the parts of attention otherwise
@@ -83,18 +81,7 @@ class MidBlock(nn.Module):
         self.attentions = nn.ModuleList([Attention(width)])
 
     def forward(self, x):
-        x = self.resnets[0](x)
-        x = self.attentions[0](x)
-        return self.resnets[1](x)
-
-
-class Downsample(nn.Module):
-    def __init__(self, width):
-        super().__init__()
-        self.conv = nn.Conv2d(width, width, 3, stride=2)
-
-    def forward(self, x):
-        return self.conv(F.pad(x, (0, 1, 0, 1)))  # right and bottom only: how it was trained
+        return self.resnets[1](self.attentions[0](self.resnets[0](x)))
 
 
 class Upsample(nn.Module):
@@ -114,20 +101,18 @@ class Upsample(nn.Module):
         return F.conv_transpose2d(x, kernel.transpose(0, 1), self.conv.bias, stride=2, padding=1)
 
 
-def named(**layers):
-    """Layers in the order they run, under the checkpoint's names."""
-    return nn.Sequential(OrderedDict(layers))
-
-
 def stage(in_width, width, depth, **resampler):
     """`depth` residual blocks at one resolution, then the way to the next."""
     resnets = [ResnetBlock(in_width, width)]
     resnets += [ResnetBlock(width, width) for _ in range(depth - 1)]
-    return named(resnets=nn.Sequential(*resnets), **resampler)
+    return nn.Sequential(OrderedDict(resnets=nn.Sequential(*resnets), **resampler))
 
 
 def down(in_width, width):
-    return stage(in_width, width, 2, downsamplers=nn.Sequential(Downsample(width)))
+    halve = nn.Sequential(OrderedDict(
+        pad=nn.ZeroPad2d((0, 1, 0, 1)),  # right and bottom only: how it was trained
+        conv=nn.Conv2d(width, width, 3, stride=2)))
+    return stage(in_width, width, 2, downsamplers=nn.Sequential(halve))
 
 
 def up(in_width, width):
@@ -136,24 +121,24 @@ def up(in_width, width):
 
 def encoder(a, b, c, d):
     """[N,3,H,W] -> [N,8,H/8,W/8]."""
-    return named(
+    return nn.Sequential(OrderedDict(
         conv_in=conv3x3(3, a),
         down_blocks=nn.Sequential(down(a, a), down(a, b), down(b, c), stage(c, d, 2)),
         mid_block=MidBlock(d),
         conv_norm_out=group_norm(d),
         act=nn.SiLU(inplace=True),
-        conv_out=conv3x3(d, 8))
+        conv_out=conv3x3(d, 8)))
 
 
 def decoder(a, b, c, d):
     """[N,4,h,w] -> [N,3,8h,8w]."""
-    return named(
+    return nn.Sequential(OrderedDict(
         conv_in=conv3x3(4, d),
         mid_block=MidBlock(d),
         up_blocks=nn.Sequential(up(d, d), up(d, c), up(c, b), stage(b, a, 3)),
         conv_norm_out=group_norm(a),
         act=nn.SiLU(inplace=True),
-        conv_out=conv3x3(a, 3))
+        conv_out=conv3x3(a, 3)))
 
 
 class VAE(nn.Module):
@@ -161,8 +146,7 @@ class VAE(nn.Module):
 
     encode and decode take any leading dimensions, compute without gradients in the dtype of the
     weights (also under autocast: bf16 leaves coloured speckle) and give a result on their device.
-    They work through the frames in chunks of CPU_PIXELS or GPU_PIXELS, at least one frame: however
-    many frames there are, they need no more memory than that takes.
+    They work through the frames in chunks, so many frames need no more memory than one.
     """
 
     def __init__(self, widths=WIDTHS):
@@ -173,36 +157,25 @@ class VAE(nn.Module):
         self.post_quant_conv = nn.Conv2d(4, 4, 1)
 
     def encode(self, frames):
-        """Frames [...,3,H,W] in [-1,1] -> latents [...,4,H/8,W/8]: the posterior's mean * SCALE.
-
-        Raises UserError where 8 does not divide H and W.
-        """
-        H, W = frames.shape[-2:]
-        if H % 8 or W % 8:
-            raise UserError(f'frames of {H}x{W}: the autoencoder needs '
-                            'a height and width that are multiples of 8')
-
+        """Frames [...,3,H,W] in [-1,1] -> latents [...,4,H/8,W/8]: the posterior's mean * SCALE."""
         def encode_chunk(x):
             mean = self.quant_conv(self.encoder(x))[:, :4]  # the other four are the log-variance
             return mean * SCALE
 
-        return self.in_chunks(encode_chunk, frames, pixels=H * W)
+        return self.in_chunks(encode_chunk, frames, pixels=frames.shape[-2:].numel())
 
     def decode(self, latents):
         """Latents [...,4,h,w] as encode gives them -> frames [...,3,8h,8w] in [-1,1]."""
         def decode_chunk(z):
             return self.decoder(self.post_quant_conv(z / SCALE)).clamp(-1, 1)
 
-        h, w = latents.shape[-2:]
-        return self.in_chunks(decode_chunk, latents, pixels=64 * h * w)
+        return self.in_chunks(decode_chunk, latents, pixels=64 * latents.shape[-2:].numel())
 
     @torch.no_grad()
     def in_chunks(self, f, x, pixels):
         """f of x [...,C,H,W], as many frames of so many pixels at a time as fit."""
         weight, leading = self.quant_conv.weight, x.shape[:-3]
-        limit = GPU_PIXELS
-        if weight.device.type == 'cpu':
-            limit = CPU_PIXELS
+        limit = CPU_PIXELS if weight.device.type == 'cpu' else GPU_PIXELS
         chunks = x.reshape(leading.numel(), *x.shape[-3:]).split(max(1, limit // pixels))
         out = []
         with torch.autocast(weight.device.type, enabled=False):
@@ -212,40 +185,29 @@ class VAE(nn.Module):
         return torch.cat(out).contiguous().view(*leading, *out[0].shape[1:])
 
 
-def find_vae(path=''):
-    """The file that a folder, file or hub id means. Raises UserError with the command to get it."""
-    path = str(path or os.environ.get('VAE_MODEL_PATH') or FOLDER)
-    is_hub_id = re.fullmatch(r'\w[\w.-]*/[\w.-]+(?<!\.safetensors)', path) and path != FOLDER
-    if is_hub_id and not os.path.exists(path):
-        path = hub_file(path, (FILE,))
-    if os.path.isdir(path):
-        path = os.path.join(path, FILE)
-    if not os.path.isfile(path):
-        raise UserError(
-            f'no autoencoder at {path}: check the path and $VAE_MODEL_PATH, or unset both and run '
-            f'hf download stabilityai/sd-vae-ft-mse {FILE} --local-dir {FOLDER}')
-    return path
-
-
 def with_new_names(state):
     """The tensors of an older file under the names of today's, and attention's as matrices."""
     renamed = {}
     for name, x in state.items():
         for old, new in OLD_NAMES.items():
             name = name.replace(f'.{old}.', f'.{new}.')
-        if '.attentions.' in name and x.ndim == 4:  # stored as a 1x1 convolution
-            x = x.flatten(1)
-        renamed[name] = x
+        attention = '.attentions.' in name and x.ndim == 4  # stored as a 1x1 convolution
+        renamed[name] = x.flatten(1) if attention else x
     return renamed
 
 
 def load_vae(path='', device='cpu'):
-    """The VAE of a folder, a .safetensors file or a hub id (owner/name), in eval mode, as fp32.
+    """The VAE of a folder or a .safetensors file, in eval mode, as fp32.
 
-    '' is $VAE_MODEL_PATH, or else pretrained/sd-vae-ft-mse/. Raises UserError with the command that
-    downloads it, or with the tensors that are missing, unexpected or of another shape.
+    '' is $VAE_MODEL_PATH, or else pretrained/sd-vae-ft-mse/. Raises UserError.
     """
-    path = find_vae(path)
+    path = str(path or os.environ.get('VAE_MODEL_PATH') or FOLDER)
+    if os.path.isdir(path):
+        path = os.path.join(path, FILE)
+    if not os.path.isfile(path):
+        raise UserError(
+            f'no autoencoder at {path}: check the path and $VAE_MODEL_PATH, or unset both and run '
+            f'hf download stabilityai/sd-vae-ft-mse {FILE} --local-dir {FOLDER}')
     with refusing(path, 'autoencoder'):
         state = with_new_names(load_file(path))
         names = [f'encoder.down_blocks.{i}.resnets.0.conv1.bias' for i in range(4)]
@@ -253,6 +215,6 @@ def load_vae(path='', device='cpu'):
             vae = VAE([len(state[name]) for name in names])
     check_numbers(state, path)
     check_fit(vae, state, path)
-    vae.to_empty(device=device).to(memory_format=torch.channels_last)
-    load_weights(vae, state, path)
+    vae.load_state_dict(state, assign=True)
+    vae.to(device, torch.float32, memory_format=torch.channels_last)
     return vae.eval().requires_grad_(False)

@@ -1,7 +1,6 @@
 """Truths about finding objects in pictures."""
 import numpy as np
 import pytest
-from conftest import error
 
 import envs
 import objects
@@ -82,8 +81,3 @@ def test_a_frame_whose_truth_hides_the_thing_does_not_count():
     agent = objects.summarise(objects.compare(world, frame, np.full_like(frame, 235 / 255)))['agent']
     assert agent['found'] is None and agent['distance'] == [None, None]
     assert objects.cells(agent) == [''] * 5
-
-
-def test_a_world_without_objects_says_so():
-    pytest.importorskip('vizdoom')
-    assert 'OBJECTS' in error('objects.py', '--what=doom')

@@ -116,7 +116,8 @@ def test_a_kill_while_the_parts_are_joined_loses_nothing(latent_wall, tmp_path, 
 
     with monkeypatch.context() as patch:
         patch.setattr(np.lib.format, 'write_array_header_1_0', die)
-        assert error(*latent_wall, f'--out={tmp_path / "killed"}', '--workers=0') == 'no space left on device'
+        with pytest.raises(OSError, match='no space left'):
+            inline(*latent_wall, f'--out={tmp_path / "killed"}', '--workers=0')
     inline(*latent_wall, f'--out={tmp_path / "killed"}', '--workers=0')
     assert contents(tmp_path / 'whole') == contents(tmp_path / 'killed')
 
@@ -153,13 +154,6 @@ def test_means_and_deviations_of_actions_are_those_of_training(latent_wall, tmp_
         meta = json.load(f)
     assert np.allclose(meta['action_mean'], actions.mean(0)) and np.allclose(meta['action_std'], actions.std(0))
     assert list(meta['broken']) == [f'{tmp_path}/wall_single/obses/episode_007.pth']
-
-
-def test_what_encoding_costs_is_said_before_it_begins(latent_wall, tmp_path):
-    said = inline(*latent_wall, f'--out={tmp_path / "out"}', '--workers=0')
-    frames = 36 * 24 + 3 * 9  # of episodes of 24, and of three of them a stretch of 9 for validation
-    assert re.search(rf'encoding about {frames} frames of 32x32 takes 0\.\d\d hours, at [\d.]+ a second', said)
-    assert 'hours' not in inline(*latent_wall, f'--out={tmp_path / "pixels"}', '--workers=0', '--latents=False')
 
 
 @pytest.mark.parametrize('latents', [True, False])
@@ -213,3 +207,10 @@ def test_what_cannot_be_prepared_is_refused_in_one_line(arguments, line, monkeyp
     monkeypatch.delenv('RT1_DATA_ROOT', raising=False)
     assert line in error('data.py', *arguments, f'--out={tmp_path / "out"}')
     assert not os.path.exists(tmp_path / 'out')
+
+
+def test_what_encoding_costs_is_said_before_it_begins(latent_wall, tmp_path):
+    said = inline(*latent_wall, f'--out={tmp_path / "out"}', '--workers=0')
+    frames = 36 * 24 + 3 * 9  # of episodes of 24, and of three of them a stretch of 9 for validation
+    assert re.search(rf'encoding about {frames} frames of 32x32 takes 0\.\d\d hours, at [\d.]+ a second', said)
+    assert 'hours' not in inline(*latent_wall, f'--out={tmp_path / "pixels"}', '--workers=0', '--latents=False')

@@ -4,6 +4,7 @@ import os
 import pickle
 import shutil
 import subprocess
+from functools import partial
 
 import imageio.v3 as iio
 import numpy as np
@@ -15,8 +16,8 @@ from raw import KINDS, episodes, film, lerobot, load_split, tiny_vae, write_vide
 
 from configurator import UserError
 from metrics import psnr
-from readers import fill, list_episodes, read_episode, resize
-from recordings import read_actions, read_frames
+from readers import fill, list_episodes
+from recordings import Episode, read_actions, read_episode, read_frames, resize
 
 for package in ('h5py', 'pyarrow', 'av'):
     pytest.importorskip(package)
@@ -155,7 +156,7 @@ def test_a_pipe_is_not_waited_for(robot):
     path = robot / 'data/chunk-000/episode_000001.parquet'
     path.unlink()
     os.mkfifo(path)
-    assert 'no such file' in why_broken(open_lerobot(robot)[1])
+    assert 'a pipe or a device' in why_broken(open_lerobot(robot)[1])
 
 
 @pytest.mark.parametrize('field', ['{i:2000000000d}', '{i.__class__}', '{i!r:>999999999}', '{'])
@@ -185,12 +186,6 @@ def test_a_length_that_the_table_does_not_have_is_seen(length, robot):
     path = robot / 'meta' / 'episodes.jsonl'
     path.write_text(path.read_text().replace('"length": 14', f'"length": {length}'))
     assert f'expected {length}' in why_broken(open_lerobot(robot)[1])
-
-
-def test_an_episode_that_is_listed_twice_is_seen(robot, tmp_path):
-    path = robot / 'meta' / 'episodes.jsonl'
-    path.write_text(path.read_text() + path.read_text().splitlines()[1])
-    assert 'episode 1 is listed more than once' in error(*command('lerobot', robot, tmp_path / 'out'))
 
 
 def test_rows_in_another_order_are_seen(robot):
@@ -313,28 +308,8 @@ def test_actions_that_are_no_numbers_are_seen(actions, tmp_path):
     assert why_broken(list_episodes(dict(what='clips', root=str(tmp_path / 'raw'), episodes=0))[0])
 
 
-def channels_first(path):
-    np.save(path, np.load(path).transpose(0, 3, 1, 2))
-
-
-def floats(path):
-    np.save(path, np.load(path) / 255)
-
-
-def empty(path):
-    path.write_bytes(b'')
-
-
-def one_number_more(path):
-    np.savetxt(path.with_suffix('.csv'), np.zeros((20, 3)), delimiter=',')
-
-
-def few_actions(path):
-    np.savetxt(path.with_suffix('.csv'), np.zeros((4, 2)), delimiter=',')
-
-
-def not_finite(path):
-    np.savetxt(path.with_suffix('.csv'), np.full((20, 2), np.nan), delimiter=',')
+def write_actions(actions, path):
+    np.savetxt(path.with_suffix('.csv'), actions, delimiter=',')
 
 
 def cut_short(path):
@@ -345,11 +320,21 @@ def cut_short(path):
     path.with_suffix('.mkv').write_bytes(whole[:len(whole) * 2 // 3])
 
 
-@pytest.mark.parametrize('damage', [channels_first, floats, empty, one_number_more, few_actions, not_finite,
-                                    cut_short])
+DAMAGE = {
+    'channels first': lambda path: np.save(path, np.load(path).transpose(0, 3, 1, 2)),
+    'floats': lambda path: np.save(path, np.load(path) / 255),
+    'empty': lambda path: path.write_bytes(b''),
+    'one number more': partial(write_actions, np.zeros((20, 3))),
+    'few actions': partial(write_actions, np.zeros((4, 2))),
+    'not finite': partial(write_actions, np.full((20, 2), np.nan)),
+    'cut short': cut_short,
+}
+
+
+@pytest.mark.parametrize('damage', DAMAGE)
 def test_damage_that_would_go_unseen_is_seen(damage, tmp_path):
     truth = recordings(tmp_path / 'raw', 'abcd')
-    damage(tmp_path / 'raw' / 'b.npy')
+    DAMAGE[damage](tmp_path / 'raw' / 'b.npy')
     said = inline(*command('clips', tmp_path / 'raw', tmp_path / 'out'), '--val_share=0.4')
     assert 'skipped' in said and f'{tmp_path / "raw"}/b.' in said
     assert_prepared(tmp_path / 'out', [truth[name] for name in 'acd'], lossless=True, size=64)
@@ -413,7 +398,6 @@ def test_frames_are_made_small_as_they_are_decoded():
             assert len(alive) <= 2
             yield frame
 
-    from recordings import Episode
     pixels, _, error = read_episode(Episode('film', lambda: (frames(), np.zeros((10, 1)))), (8, 8))
     assert not error and pixels.shape == (10, 3, 8, 8)
 
