@@ -165,7 +165,7 @@ def load_networks(names, device, frame_size, num_frames, lpips_net='vgg'):
     for name in names:
         try:
             networks[name] = load[name]()
-        except ImportError as e:
+        except (ImportError, RuntimeError) as e:  # the latter from a torchvision of another torch
             # torchvision would bring the newest torch with it: ask for the one that is here
             version = torch.__version__.split('+')[0]
             absent[name] = f"{e}: pip install -e '.[eval]' torch=={version}"

@@ -270,6 +270,8 @@ def complete(settings):
         if not settings['root']:
             instead = f', or set {variable}' if variable else ''
             raise UserError(f'where are the files of {what}? Say --root=<folder>{instead}')
+        if not os.path.isdir(settings['root']):
+            raise UserError(f'root={settings["root"]}: no such folder')
     if what == 'gym':
         settings |= gym_worlds.describe(settings)
     settings['name'] = settings['name'] or what

@@ -186,6 +186,8 @@ def read_lerobot(root, number, length, data, video, start):
 def csgo(root, settings):
     """Its published split is two lists of files, and the first frame of each validation clip."""
     extra('h5py')
+    if bool(settings['val_list']) != bool(settings['train_list']):
+        raise ValueError('train_list and val_list go together: a file in neither is left out')
     val = listed(settings['val_list'])
     split = dict.fromkeys(listed(settings['train_list']), 'train') | dict.fromkeys(val, 'val')
     start = {}

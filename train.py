@@ -63,7 +63,7 @@ real_data = True  # False trains on random numbers of the shapes below, to try a
 frame_shape = (4, 32, 32)  # channels, height, width; without real_data
 action_dim = 7  # numbers per recorded frame; without real_data
 # model
-model_size = ''  # S, B, L or XL sets hidden_size, depth and num_heads
+model_size = ''  # S, B, L or XL stands for a hidden_size, depth and num_heads, whatever these say
 patch_size = 4  # [>= 1]
 hidden_size = 128  # [>= 4]
 depth = 4  # [>= 2]
