@@ -138,7 +138,7 @@ def fid_network(device):
 def fvd_network(device, num_frames):
     """I3D's features (Unterthiner et al. 2018): clips [B,F,3,H,W] -> [B,1,400]."""
     if num_frames < 10:
-        raise UserError(f'it needs 10 predicted frames and here are {num_frames}: --num_frames=')
+        raise UserError(f'it needs 10 predicted frames and here are {num_frames}: a larger --num_frames= has more')
     network = torch.jit.load(find_weights('i3d'), map_location=device).eval()
 
     def features(clips):

@@ -3,7 +3,8 @@
 Blocks alternate between space (even: attention among the patches of one frame) and time (odd:
 attention among the frames of one patch position, causal). The noise level and the action reach
 every block once per frame, and are broadcast over that frame's patches. Read `NanoWM.forward`
-first, then `Block`, then `Attention`.
+first, then `Block`, then `Attention`. At a first reading pass over `remember`, `places`, `mask` and
+`skip`: they serve cache.py; in training there is no cache, and `places` is every frame.
 
 Shapes: B clips, F frames, P patches per frame, D hidden size, d = D / heads, A numbers per action.
 Parameters carry the names of the reference's checkpoints (arXiv 2605.23993).
@@ -470,7 +471,7 @@ class NanoWM(nn.Module):
 
         for i, block in enumerate(self.blocks):
             if i == 1:
-                x = x + self.temp_embed[:, places, None]  # once, where the reference adds it
+                x = x + self.temp_embed[:, places, None]  # before the first block in time
             if skip and i == self.last_temporal:  # all that is needed of the first frames
                 block.remember(x[:, :skip], c[:, :skip], a[:, :skip], time[:skip], cache[i])
                 if skip == x.shape[1]:

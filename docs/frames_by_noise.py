@@ -111,5 +111,5 @@ rollout.set_xlabel(f'Frame 0 is given. The next starts as pure noise, and {STEPS
 scale = plt.cm.ScalarMappable(plt.Normalize(0, LAST), COLOURS)
 bar = figure.colorbar(scale, ax=[training, rollout], location='bottom', shrink=0.5, aspect=40, pad=0.02)
 bar.set_ticks([0, 250, 500, 750, LAST])
-bar.set_label('noise level t of a frame: 0 is clean, 999 is nothing but noise', fontsize=12)
+bar.set_label('noise level t of a frame: 0 is almost clean, 999 is nothing but noise', fontsize=12)
 figure.savefig(os.path.join(HERE, 'frames_by_noise.png'), dpi=80)
