@@ -151,9 +151,10 @@ def read_actions(path):
     if path.endswith('.npy'):
         values = np.load(ordinary(path), allow_pickle=False)
         return values.reshape(len(values), -1)
+    path = ordinary(path)
     options = dict(dtype=np.float32, delimiter=',', quotechar='"', ndmin=2, encoding='utf-8-sig')
     try:
-        return np.loadtxt(ordinary(path), **options)
+        return np.loadtxt(path, **options)
     except ValueError:  # it begins with names
         return np.loadtxt(path, **options, skiprows=1)
 

@@ -451,6 +451,7 @@ def one_step(page):
 def pixels(page, canvas):
     script = 'id => { const c = at(id); return [...c.getContext("2d").getImageData(0, 0, c.width, c.height).data] }'
     height, width = page.evaluate('[about.height, about.width]')
+    page.wait_for_function('newest === null')  # what came is painted
     return np.array(page.evaluate(script, canvas)).reshape(height, width, 4)[..., :3]
 
 
