@@ -152,11 +152,13 @@ def read_actions(path):
         values = np.load(ordinary(path), allow_pickle=False)
         return values.reshape(len(values), -1)
     path = ordinary(path)
-    options = dict(dtype=np.float32, delimiter=',', quotechar='"', ndmin=2, encoding='utf-8-sig')
+    rows = np.loadtxt(path, dtype=str, delimiter=',', comments=None, quotechar='"', ndmin=2,
+                      encoding='utf-8-sig')  # spreadsheets begin with a mark
     try:
-        return np.loadtxt(path, **options)
+        float(rows[0, 0])
     except ValueError:  # it begins with names
-        return np.loadtxt(path, **options, skiprows=1)
+        rows = rows[1:]
+    return rows.astype(np.float32)
 
 
 def natural(text):

@@ -349,6 +349,12 @@ def test_actions_may_have_a_line_of_names_or_a_spreadsheets_mark(tmp_path):
         assert read_actions(str(tmp_path / f'{name}.csv')).tolist() == [[1, 2], [3, 4]]
 
 
+def test_a_first_row_of_another_length_is_not_taken_for_names(tmp_path):
+    (tmp_path / 'ragged.csv').write_text('1,2,3\n1,2\n3,4\n')
+    with pytest.raises(ValueError):
+        read_actions(str(tmp_path / 'ragged.csv'))
+
+
 def test_a_picture_of_another_shape_is_stretched_padded_or_cropped():
     frame = np.zeros((20, 40, 3), np.uint8) + np.uint8([10, 20, 30])
     frame[:, 20:] = 200
