@@ -34,6 +34,14 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 STEPS_KEYS = ('psnr', 'ssim', 'gap_psnr')  # what the steps axis shows
 
 
+def words(key, text):
+    """'--a=1 --b=2' -> ['--a=1', '--b=2'], quoted as in a shell. Raises UserError."""
+    try:
+        return shlex.split(text)
+    except ValueError as e:
+        raise UserError(f'{key}={text!r}: {e}') from e
+
+
 def call(script, *options):
     """Run train.py or evaluate.py; Ctrl-C and SIGTERM are passed on, so that a training saves."""
     command = [*(launch or [sys.executable]), os.path.join(HERE, script), *options]
@@ -191,8 +199,8 @@ if __name__ == '__main__':
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # it ends like Ctrl-C
     seeds, steps = numbers('seeds', seeds, 0), sorted(numbers('steps', steps, 1))
     solvers = check_choices('solvers', solvers, SOLVERS) or list(SOLVERS)
-    launch, train_options = shlex.split(launch), shlex.split(train_options)
-    eval_options = shlex.split(eval_options)
+    launch, train_options = words('launch', launch), words('train_options', train_options)
+    eval_options = words('eval_options', eval_options)
     out_dir = os.path.abspath(under_results(out_dir))
 
     # the arm that the axes share: what the base says, and where it says nothing this

@@ -15,7 +15,7 @@ from functools import partial
 import numpy as np
 import torch
 
-from configurator import check_choice, check_context, configure
+from configurator import UserError, check_choice, check_context, configure
 from data import Clips, to_model
 from diffusion import Diffusion
 from machine import autocast, matmul_rate, name_of, pick_device, pick_dtype, seconds, under_results, write_whole
@@ -115,6 +115,8 @@ if __name__ == '__main__':
     check_choice('mode', mode, ('train', 'rollout', 'data', 'all'))
     out = under_results(out)
     make_folder(os.path.dirname(out) or '.')
+    if os.path.isdir(out):
+        raise UserError(f'out={out} is a folder: expected a file to write')
     rollout_frames = rollout_frames or num_frames
     check_context(context_frames, rollout_frames)
     device = pick_device(device)

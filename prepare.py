@@ -16,6 +16,7 @@ import re
 import shutil
 import statistics
 import sys
+import zipfile
 from collections import ChainMap
 from datetime import timedelta
 from functools import partial
@@ -106,8 +107,11 @@ def begin(path, settings):
     """Note what is being prepared, or compare with what was begun. Raises UserError."""
     settings = json.loads(json.dumps(settings))  # as it would be read
     if os.path.exists(path):
-        with open(path) as f:
-            begun = json.load(f)
+        try:
+            with open(path) as f:
+                begun = dict(json.load(f))
+        except (ValueError, TypeError) as e:
+            raise UserError(f'{path} is broken ({e}): delete {os.path.dirname(path)}') from e
         changed = [key for key in settings if settings[key] != begun.get(key)]
         if changed:
             raise UserError(f'{os.path.dirname(path)} was begun with other settings '
@@ -191,7 +195,7 @@ def assemble(out, parts, errors, settings):
     whole = f'{out}.partial/whole'
     shutil.rmtree(whole, ignore_errors=True)  # what a killed run joined
     done = [path for path in parts if path not in errors]
-    shapes = {path: np.load(f'{path}.npz')['actions'].shape for path in done}
+    shapes = {path: read_part(path, 'actions').shape for path in done}
     width = statistics.mode([shape[1] for shape in shapes.values()] or [0])  # the usual one
     good, broken = {'train': [], 'val': []}, {}
     for path, episode in parts.items():
@@ -228,14 +232,23 @@ def assemble(out, parts, errors, settings):
           f'{len(broken)} broken ones skipped')
 
 
+def read_part(path, array):
+    """An array of a part. Raises UserError."""
+    try:
+        return np.load(f'{path}.npz')[array]
+    except (OSError, ValueError, LookupError, EOFError, zipfile.BadZipFile) as e:
+        raise UserError(f'{path}.npz is broken ({e}): delete it, and the same command makes it '
+                        'again') from e
+
+
 def join(target, parts, array, rows):
     """Write an array of all parts, one after the other, as one .npy file of so many rows."""
-    first = np.load(f'{parts[0]}.npz')[array]
+    first = read_part(parts[0], array)
     header = dict(descr=first.dtype.str, fortran_order=False, shape=(rows, *first.shape[1:]))
     with open(target, 'wb') as f:  # on a full disk, a mapped file would kill the process
         np.lib.format.write_array_header_1_0(f, header)
         for path in parts:
-            f.write(np.load(f'{path}.npz')[array])
+            f.write(read_part(path, array))
 
 
 # -----------------------------------------------------------------------------

@@ -11,6 +11,7 @@ import os
 import re
 import signal
 import threading
+from collections import Counter
 from collections.abc import Callable
 from functools import cache, lru_cache, partial
 from itertools import islice
@@ -128,6 +129,9 @@ def lerobot(root, settings):
             columns = [name for name in names if not name.startswith('stats/')]
             rows += parquet.read_table(path, columns=columns).to_pylist()
 
+    listed = Counter(row['episode_index'] for row in rows)
+    if listed and max(listed.values()) > 1:  # it could train and validate
+        raise ValueError(f'episode {listed.most_common(1)[0][0]} is listed more than once')
     episodes = []
     for row in rows:
         number, length = row['episode_index'], int(row['length'])

@@ -157,12 +157,20 @@ class VAE(nn.Module):
         self.post_quant_conv = nn.Conv2d(4, 4, 1)
 
     def encode(self, frames):
-        """Frames [...,3,H,W] in [-1,1] -> latents [...,4,H/8,W/8]: the posterior's mean * SCALE."""
+        """Frames [...,3,H,W] in [-1,1] -> latents [...,4,H/8,W/8]: the posterior's mean * SCALE.
+
+        Raises UserError where 8 does not divide H and W.
+        """
+        H, W = frames.shape[-2:]
+        if H % 8 or W % 8:
+            raise UserError(f'frames of {H}x{W}: the autoencoder needs '
+                            'a height and width that are multiples of 8')
+
         def encode_chunk(x):
             mean = self.quant_conv(self.encoder(x))[:, :4]  # the other four are the log-variance
             return mean * SCALE
 
-        return self.in_chunks(encode_chunk, frames, pixels=frames.shape[-2:].numel())
+        return self.in_chunks(encode_chunk, frames, pixels=H * W)
 
     def decode(self, latents):
         """Latents [...,4,h,w] as encode gives them -> frames [...,3,8h,8w] in [-1,1]."""

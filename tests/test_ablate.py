@@ -103,6 +103,8 @@ def test_the_steps_axis_trains_once_and_compares_solvers_and_steps(options, call
     ('--seeds=0,0', "seeds='0,0': expected different numbers"),
     ('--seeds=one', "seeds='one'"),
     ('--only=x,x', "only='x,x': expected different ones"),
+    ("--launch='torchrun", 'No closing quotation'),
+    ("--train_options=--a='b", 'No closing quotation'),
     ('--results_dir=README.md', 'cannot write to README.md'),
     ('--out_dir=README.md', 'README.md'),
     ('--base=config/none.py', 'config/none.py: no such config file'),

@@ -31,7 +31,7 @@ def test_bench_needs_no_dataset(tmp_path):
 
 
 @pytest.mark.parametrize('option', ['--mode=speed', '--context_frames=9', '--injection=y', '--repeats=0',
-                                    '--model_size=M'])
+                                    '--model_size=M', '--out=config'])
 def test_a_mistake_ends_in_one_line_that_names_it(option):
     key = option[2:].split('=')[0]
     assert key in error('bench.py', *TINY, '--mode=rollout', option)

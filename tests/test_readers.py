@@ -188,6 +188,12 @@ def test_a_length_that_the_table_does_not_have_is_seen(length, robot):
     assert f'expected {length}' in why_broken(open_lerobot(robot)[1])
 
 
+def test_an_episode_that_is_listed_twice_is_seen(robot, tmp_path):
+    path = robot / 'meta' / 'episodes.jsonl'
+    path.write_text(path.read_text() + path.read_text().splitlines()[1])
+    assert 'episode 1 is listed more than once' in error(*command('lerobot', robot, tmp_path / 'out'))
+
+
 def test_rows_in_another_order_are_seen(robot):
     import pyarrow.parquet as parquet
     path = robot / 'data/chunk-000/episode_000001.parquet'

@@ -5,7 +5,7 @@ from safetensors.torch import load_file, save_file
 
 import vae as vae_module
 from configurator import UserError
-from vae import FILE, OLD_NAMES, WIDTHS, load_vae
+from vae import FILE, OLD_NAMES, VAE, WIDTHS, load_vae
 
 SMALL = (32, 32, 64, 96)
 
@@ -123,3 +123,8 @@ def test_a_file_of_another_kind_says_so(tmp_path):
     file.write_bytes(b'not safetensors')
     with pytest.raises(UserError, match='is not a readable autoencoder file'):
         load_vae(file)
+
+
+def test_a_frame_size_that_does_not_divide_by_8_is_refused():
+    with pytest.raises(ValueError, match='^frames of 32x36: .* multiples of 8$'):
+        VAE((32, 32, 32, 32)).encode(torch.zeros(1, 3, 32, 36))
