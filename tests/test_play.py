@@ -105,7 +105,7 @@ def test_the_truth_does_what_the_dream_is_told(wall, context, interval):
     for action in ([0.1, 0], [0, -0.1], [9.0, 0]):
         _, truth = session.step(action)
         for _ in range(interval):  # a held key is its action, repeated
-            twin.step(np.clip(action, session.least, session.greatest))
+            twin.step(np.clip(np.float32(action), session.least, session.greatest))
         assert (truth == twin.render(16)).all()
         assert session.dream.actions[0, session.dream.known - 2].tolist() == pytest.approx(
             np.tile(np.clip(np.float32(action), session.least, session.greatest), interval))
