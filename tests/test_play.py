@@ -44,10 +44,12 @@ def serving(opened, **options):
     server = Server('127.0.0.1', 0, opened, **options)
     thread = threading.Thread(target=server.serve_forever, kwargs=dict(poll_interval=0.05))
     thread.start()
-    yield server
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    try:
+        yield server
+    finally:  # else a test that fails leaves a thread that never ends
+        server.shutdown()
+        thread.join()
+        server.server_close()
 
 
 @pytest.fixture
@@ -435,7 +437,7 @@ def until(page, condition):
 
 def pause(page):
     page.click('#pause')
-    until(page, 'onTheWay.length === 0 && !gate')
+    until(page, 'onTheWay.length === 0 && !gate && newest === null')  # what came is painted
 
 
 def age(page):
@@ -445,13 +447,13 @@ def age(page):
 def one_step(page):
     before = age(page)
     page.click('#one')
-    until(page, f'lastAge > {before}')
+    until(page, f'lastAge > {before} && newest === null')
 
 
 def pixels(page, canvas):
     script = 'id => { const c = at(id); return [...c.getContext("2d").getImageData(0, 0, c.width, c.height).data] }'
     height, width = page.evaluate('[about.height, about.width]')
-    page.wait_for_function('newest === null')  # what came is painted
+    until(page, 'newest === null')  # what came is painted
     return np.array(page.evaluate(script, canvas)).reshape(height, width, 4)[..., :3]
 
 
