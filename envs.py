@@ -154,6 +154,10 @@ class StableWorld:
     def __init__(self):
         self.env = gym_worlds.make(self.name, 'stable_worldmodel', **self.resolution).unwrapped
 
+    def set_their_state(self, state):
+        """A state as state_column has it."""
+        self.env._set_state(np.asarray(state, dtype=np.float64))
+
     def render(self, size):
         how = Image.Resampling[self.resample.upper()]
         frame = Image.fromarray(self.env.render()).resize((size, size), how)
@@ -174,7 +178,12 @@ class TwoRoom(StableWorld):
     state_column = 'proprio'  # of its datasets
 
     def reset(self, seed):
+        from stable_worldmodel.envs.two_room.expert_policy import ExpertPolicy
         self.env.reset(seed=int(seed))
+        self.over = False  # until it is at the target
+        # as noisy as in its own datasets
+        self.expert = ExpertPolicy(action_noise=2.0, action_repeat_prob=0.05, seed=int(seed))
+        self.expert.set_env(self.env)
 
     def get_state(self):
         return self.env.agent_position.numpy().astype(np.float64)
@@ -187,16 +196,13 @@ class TwoRoom(StableWorld):
     def step(self, action):
         action = np.clip(np.asarray(action, dtype=np.float32), -1, 1)
         wanted = self.get_state() + 5 * action
-        self.env.step(action)
+        _, _, self.over, _, _ = self.env.step(action)
         return bool(np.abs(self.get_state() - wanted).max() > 1e-3)
 
     def explore(self, rng):
-        """Its expert's way to a target, so noisy that a quarter of the judge's goals are near."""
-        from stable_worldmodel.envs.two_room.expert_policy import ExpertPolicy
-        expert = ExpertPolicy()
-        expert.set_env(self.env)
+        """Its expert's way to a target, with the noise that reset gave it."""
         info = dict(state=self.get_state(), goal_state=self.env.target_position.numpy())
-        return np.clip(expert.get_action(info) + rng.normal(0, 2, 2), -1, 1).astype(np.float32)
+        return np.asarray(self.expert.get_action(info), np.float32)
 
     def distance(self, state, goal):
         return np.hypot(*(state - goal)) / 16

@@ -24,28 +24,39 @@ import envs
 from configurator import UserError
 from data import Clips
 from evaluate import markdown
-from trials import wilson
+from trials import METHODS, wilson
 
 GOAL_OFFSET, BUDGET = 25, 50  # simulator steps
 
 
 class CostModel(nn.Module):
-    """What its planner optimises: how far from the goal our dream of each candidate ends."""
+    """What its planner optimises: how far from the goal our dream of each candidate ends.
 
-    def __init__(self, agent, progress=None):
+    method: 'plan', or 'wrong' (the model is told another candidate's actions) or 'simulator' (the
+    world takes the dream's place), as in trials.METHODS.
+    """
+
+    def __init__(self, agent, world=None, method='plan', progress=None):
         super().__init__()
-        self.agent, self.model, self.progress = agent, agent.model, progress
+        self.agent, self.model, self.world = agent, agent.model, world
+        self.method, self.progress = method, progress
 
     def get_cost(self, info, candidates):
         """[B,S] for standardised candidates [B,S,horizon,interval*A].
 
-        info: 'pixels' and 'goal' uint8 [B,S,1,H,W,3], the same for all S.
+        info: 'pixels' and 'goal' uint8 [B,S,1,H,W,3], the same for all S, and the simulator's state.
         """
         agent, costs = self.agent, []
         actions = candidates.cpu().clamp(agent.low, agent.high)  # its planner knows no bounds
-        for frames, goals, some in zip(info['pixels'], info['goal'], actions, strict=True):
-            frame, goal = (x[0, 0].permute(2, 0, 1).cpu().numpy() for x in (frames, goals))
-            imagine = agent.dream(frame, torch.Generator().manual_seed(0))
+        if self.method == 'wrong':
+            actions = actions.roll(1, dims=1)
+        for i, some in enumerate(actions):
+            frame, goal = (info[name][i, 0, 0].permute(2, 0, 1).cpu().numpy() for name in ('pixels', 'goal'))
+            if self.method == 'simulator':
+                self.world.set_their_state(info[self.world.state_column][i, 0, 0].cpu().numpy())
+                imagine = agent.simulate(self.world)
+            else:
+                imagine = agent.dream(frame, torch.Generator().manual_seed(0))
             costs.append(agent.cost(imagine, goal)(some))
         if self.progress:
             self.progress()
@@ -98,8 +109,8 @@ class Recorded:
         return np.stack(states)
 
 
-def policies(agent, recorded):
-    """{label: its policy}: our plans by its planner, and what needs no plan.
+def policies(agent, world, recorded, baselines=True):
+    """{label: its policy}: plans by its planner, and what needs no plan.
 
     recorded [T,N,A]: the actions that led from the starts to the goals.
     """
@@ -118,18 +129,24 @@ def policies(agent, recorded):
             return next(self.actions, rest)
 
     planner = agent.planner
+    config = PlanConfig(planner.horizon, planner.execute, action_block=agent.interval)
     # of an episode, if it needs them all
     plans = math.ceil(BUDGET / (planner.execute * agent.interval))
-    bar = tqdm(total=recorded.shape[1] * plans * planner.iterations, unit='iteration')
-    solver = CEMSolver(CostModel(agent, bar.update), num_samples=planner.candidates,
-                       n_steps=planner.iterations, topk=planner.elites,
-                       var_scale=planner.first_std, device=agent.device)
-    config = PlanConfig(planner.horizon, planner.execute, action_block=agent.interval)
-    return {
-        'plan in the dream': WorldModelPolicy(solver, config, process={'action': Scaler(agent)}),
+
+    def plan(method):
+        bar = tqdm(total=recorded.shape[1] * plans * planner.iterations, unit='iteration',
+                   desc=METHODS[method])
+        solver = CEMSolver(CostModel(agent, world, method, bar.update), num_samples=planner.candidates,
+                           n_steps=planner.iterations, topk=planner.elites,
+                           var_scale=planner.first_std, device=agent.device)
+        return WorldModelPolicy(solver, config, process={'action': Scaler(agent)})
+
+    if not baselines:
+        return {METHODS['plan']: plan('plan')}
+    return {METHODS[method]: plan(method) for method in ('plan', 'simulator', 'wrong')} | {
         'the recorded actions': Replay(recorded),
-        'random actions': RandomPolicy(seed=0),
-        'stand still': Replay([]),
+        METHODS['random']: RandomPolicy(seed=0),
+        METHODS['still']: Replay([]),
     }
 
 
@@ -152,7 +169,7 @@ def score(agent, what, settings):
 
     rows = {'': ['reached, % [95 % interval]', 'episodes', 's an episode']}
     results = {}
-    for label, policy in policies(agent, actions).items():
+    for label, policy in policies(agent, world, actions, settings['baselines']).items():
         judge = World(world.name, num_envs=len(chosen), image_shape=agent.size,
                       image_resample=world.resample, **world.resolution)
         judge.set_policy(policy)

@@ -31,6 +31,9 @@ class StableWall(envs.StableWorld, envs.Wall):
     def their_state(self):
         return self.get_state()
 
+    def set_their_state(self, state):
+        self.set_state(state)
+
 
 class World:
     """What judge.py uses of stable_worldmodel.World, in the wall world: [E] episodes side by side."""
@@ -104,6 +107,29 @@ def test_costs_come_in_the_order_of_starts_and_candidates(agent):
         assert (model.get_cost({'pixels': pixels, 'goal': goals}, limited) == whole).all()
 
 
+def test_what_it_plans_with_may_be_told_wrong_actions_or_be_the_simulator(agent):
+    world = StableWall()
+    states, pixels = [], []
+    for seed in range(4):  # two starts and their goals
+        world.reset(seed)
+        states.append(world.get_state())
+        pixels.append(world.render(16).transpose(1, 2, 0))
+
+    def shared(rows):
+        return torch.from_numpy(np.stack(rows))[:, None, None].expand(-1, 6, 1, *rows[0].shape)
+
+    info = {'pixels': shared(pixels[:2]), 'goal': shared(pixels[2:]), 'state': shared(states[:2])}
+    candidates = torch.randn(2, 6, 3, 2, generator=torch.Generator().manual_seed(0))
+    costs = {}
+    for method in ('plan', 'wrong', 'simulator'):
+        costs[method] = judge.CostModel(agent, world, method).get_cost(info, candidates)
+    assert torch.allclose(costs['wrong'], costs['plan'].roll(1, dims=1), rtol=1e-4)
+    for i in range(2):
+        world.set_state(states[i])
+        truth = agent.cost(agent.simulate(world), pixels[2 + i].transpose(2, 0, 1))
+        assert torch.equal(costs['simulator'][i], truth(candidates[i].clamp(agent.low, agent.high)))
+
+
 def test_actions_are_scaled_as_those_of_our_own_planner(agent):
     scaler, standardised = judge.Scaler(agent), torch.randn(5, 2)
     raw = scaler.inverse_transform(standardised.numpy())
@@ -138,7 +164,7 @@ def test_a_judgement_replays_what_was_recorded_and_leaves_its_table(stand_in, tr
 
 
 def test_the_judge_gets_our_planner_s_settings(stand_in, agent):
-    policy = judge.policies(agent, np.zeros((25, 4, 2), np.float32))['plan in the dream']
+    policy = judge.policies(agent, None, np.zeros((25, 4, 2), np.float32))['plan in the dream']
     solver, config = policy.given
     budget = {key: solver.options[key] for key in ('num_samples', 'n_steps', 'topk')}
     assert budget == dict(num_samples=6, n_steps=2, topk=2)
