@@ -4,14 +4,15 @@
     python play.py --ckpt=out/wall --num_steps=1    # faster; it may also change while one plays
     ssh -L 8000:localhost:8000 machine              # plays here what --browser=False dreams there
 
-The page (play.html) asks for one frame at a time, with the action that leads to it. Each tab has a
-dream of its own.
+The page (play.html) asks for one frame at a time, with the action that leads to it; without a limit
+to the rate, for a few at once, and says when the action changes. Each tab has a dream of its own.
 """
 import errno
 import json
 import os
 import re
 import secrets
+import struct
 import sys
 import time
 import webbrowser
@@ -26,6 +27,8 @@ from configurator import UserError, configure
 from session import Session, gif
 
 MAX_BODY = 2 ** 16  # bytes of a request
+MAX_FRAMES = 16  # of a request
+HEAD = struct.Struct('<If?xxx')  # of a frame: its age, milliseconds, whether the true episode is over
 TEXT = 'text/plain; charset=utf-8'
 PAGE_HEADERS = {  # it loads nothing, and no other page may frame it
     'Content-Security-Policy': "default-src 'none'; connect-src 'self'; img-src data:; "
@@ -100,7 +103,7 @@ class Handler(BaseHTTPRequestHandler):
         self.guard(self.send_page)
 
     def do_POST(self):
-        self.guard(self.act)
+        self.guard(self.route)
 
     def guard(self, answer):
         try:
@@ -127,7 +130,7 @@ class Handler(BaseHTTPRequestHandler):
             raise Refused(404, f'there is {self.server.url}/ and nothing else')
         self.send(200, 'text/html; charset=utf-8', self.server.page, PAGE_HEADERS)
 
-    def act(self):
+    def route(self):
         if self.path not in self.ROUTES:
             raise Refused(404, 'no such route')
         self.ROUTES[self.path](self, self.read_request())
@@ -167,18 +170,33 @@ class Handler(BaseHTTPRequestHandler):
 
     def start(self, request):
         session = self.session(request)
-        self.send_frame(session, session.new_start)
+        self.send_frames(session, session.new_start)
 
     def truth(self, request):
         session = self.session(request)
-        self.send_frame(session, session.back_to_truth)
+        self.send_frames(session, session.back_to_truth)
+
+    def act(self, request):
+        """From the next frame on, also of those already asked for."""
+        self.take_action(request)
+        self.send_json({})
 
     def step(self, request):
+        """So many frames, each sent as soon as it is dreamed."""
+        session, count = self.take_action(request), request.get('frames', 1)
+        if type(count) is not int or not 1 <= count <= MAX_FRAMES:
+            raise Refused(400, f'frames: expected 1 to {MAX_FRAMES}')
+        truth = request.get('truth') is True
+        self.send_frames(session, lambda: session.step(session.action, truth), count)
+
+    def take_action(self, request):
+        """The session, told the request's action: the last one that was told counts."""
         session, action = self.session(request), request.get('action')
         wanted = len(session.least)
         if not isinstance(action, list) or len(action) != wanted or not all(map(is_number, action)):
             raise Refused(400, f'action: expected a list of {wanted} numbers')
-        self.send_frame(session, session.step, action, request.get('truth') is True)
+        session.action = action
+        return session
 
     def settings(self, request):
         session = self.session(request)
@@ -195,38 +213,48 @@ class Handler(BaseHTTPRequestHandler):
         else:
             self.send(200, 'image/gif', gif(session.end_film()))
 
-    ROUTES = {'/new': new, '/end': end, '/start': start, '/truth': truth, '/step': step,
+    ROUTES = {'/new': new, '/end': end, '/start': start, '/truth': truth, '/act': act, '/step': step,
               '/settings': settings, '/record': record}
 
     # answers
 
-    def send_frame(self, session, move, *args):
-        """The dream's frame as rows of RGB bytes, then the truth's if there is one."""
-        def timed():
+    def send_frames(self, session, move, count=1):
+        """Each as HEAD (its age, milliseconds, whether the true episode is over), then the dream's
+        frame as rows of RGB bytes, then the truth's if there is one."""
+        def frame():
             begun = time.perf_counter()
-            frames = move(*args)
+            frames = move()
             milliseconds = 1000 * (time.perf_counter() - begun)
-            over = getattr(session.world, 'over', False)  # the true episode
-            return frames, {'X-Age': session.dream.age, 'X-Milliseconds': f'{milliseconds:.2f}',
-                            'X-Over': int(over)}
+            over = getattr(session.world, 'over', False)
+            head = HEAD.pack(session.dream.age, milliseconds, over)
+            return head + b''.join(f.transpose(1, 2, 0).tobytes() for f in frames if f is not None)
 
-        frames, headers = self.server.compute(timed)
-        body = b''.join(f.transpose(1, 2, 0).tobytes() for f in frames if f is not None)
-        self.send(200, 'application/octet-stream', body, headers)
+        # the next frame is begun before the last is sent
+        first, *rest = [self.server.worker.submit(frame) for _ in range(count)]
+        body = first.result()
+        self.send_head(200, 'application/octet-stream', count * len(body))
+        for future in rest:
+            self.wfile.write(body)
+            self.wfile.flush()
+            body = future.result()
+        self.wfile.write(body)
 
     def send_json(self, answer):
         self.send(200, 'application/json', json.dumps(answer).encode())
 
     def send(self, status, kind, body, headers=None):
+        self.send_head(status, kind, len(body), headers)
+        self.wfile.write(body)
+
+    def send_head(self, status, kind, length, headers=None):
         self.send_response(status)
-        common = {'Content-Type': kind, 'Content-Length': len(body), 'Cache-Control': 'no-store',
+        common = {'Content-Type': kind, 'Content-Length': length, 'Cache-Control': 'no-store',
                   'X-Content-Type-Options': 'nosniff'}
         for key, value in (common | (headers or {})).items():
             self.send_header(key, str(value))
         if self.close_connection:
             self.send_header('Connection', 'close')
         self.end_headers()
-        self.wfile.write(body)
 
     def log_message(self, *args):
         """No line for each frame."""

@@ -36,6 +36,7 @@ class Session:
         self.states = deque(maxlen=opened.context_frames)
         self.acted = deque(maxlen=opened.context_frames - 1)
         self.rng = np.random.default_rng()
+        self.action = None  # that was last told
         self.film = None
         self.heard = time.monotonic()  # of its tab
         self.new_start()

@@ -23,7 +23,7 @@ from test_model import tiny
 import controls
 import envs
 from diffusion import Diffusion
-from play import MAX_BODY, Server
+from play import HEAD, MAX_BODY, MAX_FRAMES, Server
 from random_data import random_dataset
 from run import OpenedRun
 from session import MAX_FILM, Session, gif
@@ -77,8 +77,14 @@ def begin(server):
     return json.loads(body)
 
 
-def step(server, dream, action=(0.1, 0.0), truth=True):
-    return ask(server, '/step', {'dream': dream, 'action': list(action), 'truth': truth})
+def step(server, dream, action=(0.1, 0.0), truth=True, **fields):
+    return ask(server, '/step', {'dream': dream, 'action': list(action), 'truth': truth} | fields)
+
+
+def age_of(answer):
+    status, _, body = answer
+    assert status == 200, body
+    return HEAD.unpack_from(body)[0]
 
 
 # -----------------------------------------------------------------------------
@@ -87,14 +93,46 @@ def step(server, dream, action=(0.1, 0.0), truth=True):
 def test_a_tab_gets_frame_after_frame(server):
     about = begin(server)
     assert (about['height'], about['width'], about['truth']) == (16, 16, True)
-    status, headers, body = ask(server, '/start', {'dream': about['dream']})
-    assert (status, headers['X-Age'], len(body)) == (200, '0', 2 * 3 * 16 * 16)
-    assert body[:768] == body[768:]  # the dream starts from the truth
+    answer = ask(server, '/start', {'dream': about['dream']})
+    frames = answer[2][HEAD.size:]
+    assert age_of(answer) == 0 and len(frames) == 2 * 3 * 16 * 16
+    assert frames[:768] == frames[768:]  # the dream starts from the truth
     for age in range(1, 7):  # longer than the model's window
-        status, headers, body = step(server, about['dream'])
-        assert (status, int(headers['X-Age']), len(body)) == (200, age, 2 * 3 * 16 * 16)
-        assert float(headers['X-Milliseconds']) > 0
-    assert len(step(server, about['dream'], truth=False)[2]) == 3 * 16 * 16
+        _, _, body = answer = step(server, about['dream'])
+        assert age_of(answer) == age and len(body) == HEAD.size + 2 * 3 * 16 * 16
+        _, milliseconds, over = HEAD.unpack_from(body)
+        assert milliseconds > 0 and not over
+    assert len(step(server, about['dream'], truth=False)[2]) == HEAD.size + 3 * 16 * 16
+
+
+def test_several_frames_of_one_request_are_those_of_as_many(wall):
+    with serving(open_tiny(wall)) as server:
+        one, other = (begin(server)['dream'] for _ in range(2))
+        for session in server.sessions.values():  # alike
+            session.dream.reset(np.zeros((1, 3, 16, 16), np.uint8), seed=0)
+        size = HEAD.size + 3 * 16 * 16
+        body = step(server, one, truth=False, frames=5)[2]
+        assert len(body) == 5 * size
+        for i in range(5):
+            frame = body[i * size:][:size]
+            assert HEAD.unpack_from(frame)[0] == i + 1
+            assert frame[HEAD.size:] == step(server, other, truth=False)[2][HEAD.size:]
+
+
+def test_an_action_counts_for_frames_that_were_asked_for_before(server):
+    dream = begin(server)['dream']
+    session = server.sessions[dream]
+    done = []
+
+    def move(action, show_truth):
+        done.append(action)
+        if len(done) == 1:
+            assert ask(server, '/act', {'dream': dream, 'action': [0, 0.1]})[0] == 200
+        return Session.step(session, action, show_truth)
+
+    session.step = move
+    assert step(server, dream, frames=3)[0] == 200
+    assert done == [[0.1, 0.0], [0, 0.1], [0, 0.1]]
 
 
 @pytest.mark.parametrize('context, interval', [(1, 1), (1, 3), (2, 1), (3, 2)])
@@ -232,7 +270,7 @@ def test_tabs_have_a_dream_each_up_to_a_limit(wall):
     with serving(open_tiny(wall), tabs=2) as server:
         first, second = begin(server)['dream'], begin(server)['dream']
         step(server, second)
-        assert step(server, first)[1]['X-Age'] == '1'  # the other one's frame does not count
+        assert age_of(step(server, first)) == 1  # the other one's frame does not count
         status, _, line = ask(server, '/new', {})
         assert status == 503 and b'2 dreams are being played' in line
         ask(server, '/end', {'dream': first})
@@ -251,7 +289,7 @@ def test_a_tab_that_falls_silent_is_forgotten(wall):
 
 def test_frames_asked_for_at_once_come_one_after_the_other(server):
     dream, ages = begin(server)['dream'], []
-    threads = [threading.Thread(target=lambda: ages.append(int(step(server, dream)[1]['X-Age']))) for _ in range(12)]
+    threads = [threading.Thread(target=lambda: ages.append(age_of(step(server, dream)))) for _ in range(12)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -278,6 +316,9 @@ def malformed(server, dream):
             yield kind, ask(server, '/step', body)[0]
         for kind, action in BAD_ACTIONS.items():
             yield kind, ask(server, '/step', {'dream': dream, 'action': action})[0]
+            yield kind, ask(server, '/act', {'dream': dream, 'action': action})[0]
+        for count in (0, -1, 1.5, True, '2', None, MAX_FRAMES + 1, 10 ** 400):
+            yield f'{count!r:.9} frames', step(server, dream, frames=count)[0]
         for name in ('', 'x' * 100, None, 3, [], {}, '../..', dream.lower() + '\n'):
             yield f'dream {name!r}', ask(server, '/step', {'dream': name, 'action': [0, 0]})[0]
         yield 'oversized', ask(server, '/step', b' ' * (MAX_BODY + 1))[0]
@@ -291,8 +332,7 @@ def test_a_hundred_malformed_requests_are_refused_and_the_dream_lives_on(server)
     answers = list(malformed(server, dream))
     assert len(answers) >= 100 and len({kind for kind, _ in answers}) >= 20
     assert all(400 <= status < 500 for _, status in answers), answers
-    status, headers, _ = step(server, dream)
-    assert (status, headers['X-Age']) == (200, '1')
+    assert age_of(step(server, dream)) == 1
 
 
 @pytest.mark.parametrize('text', [
@@ -469,7 +509,7 @@ def test_the_page_plays(server, visit):
     until(page, 'lastAge >= 8')  # it goes on by itself
     until(page, '/^[0-9.]+ fps · [0-9.]+ ms a frame$/.test(at("fps").textContent)')
     pause(page)
-    assert page.inner_text('#age') == f'last true {age(page)} frames ago'
+    until(page, 'at("age").textContent === `last true ${lastAge} frames ago`')
     assert pixels(page, 'dream').std() > 1 and pixels(page, 'truth').std() > 1
     name = page.evaluate('about.dream')
     page.close(run_before_unload=True)
@@ -496,7 +536,7 @@ def test_pause_step_new_start_and_back_to_the_truth(server, visit):
     page.click('#back')
     until(page, 'lastAge === 0')
     assert (pixels(page, 'dream') == truth).all() and (pixels(page, 'truth') == truth).all()
-    assert page.inner_text('#age') == 'true'
+    until(page, 'at("age").textContent === "true"')
     page.click('#start')
     page.wait_for_timeout(500)
     assert (pixels(page, 'truth') != truth).any() and (pixels(page, 'dream') == pixels(page, 'truth')).all()
