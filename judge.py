@@ -14,6 +14,7 @@ import json
 import math
 import os
 import time
+from functools import partial
 
 import numpy as np
 import torch
@@ -110,7 +111,7 @@ class Recorded:
 
 
 def policies(agent, world, recorded, baselines=True):
-    """{label: its policy}: plans by its planner, and what needs no plan.
+    """{label: a function that makes its policy}: plans by its planner, and what needs no plan.
 
     recorded [T,N,A]: the actions that led from the starts to the goals.
     """
@@ -142,11 +143,11 @@ def policies(agent, world, recorded, baselines=True):
         return WorldModelPolicy(solver, config, process={'action': Scaler(agent)})
 
     if not baselines:
-        return {METHODS['plan']: plan('plan')}
-    return {METHODS[method]: plan(method) for method in ('plan', 'simulator', 'wrong')} | {
-        'the recorded actions': Replay(recorded),
-        METHODS['random']: RandomPolicy(seed=0),
-        METHODS['still']: Replay([]),
+        return {METHODS['plan']: partial(plan, 'plan')}
+    return {METHODS[method]: partial(plan, method) for method in ('plan', 'simulator', 'wrong')} | {
+        'the recorded actions': partial(Replay, recorded),
+        METHODS['random']: partial(RandomPolicy, seed=0),
+        METHODS['still']: partial(Replay, []),
     }
 
 
@@ -169,10 +170,10 @@ def score(agent, what, settings):
 
     rows = {'': ['reached, % [95 % interval]', 'episodes', 's an episode']}
     results = {}
-    for label, policy in policies(agent, world, actions, settings['baselines']).items():
+    for label, make_policy in policies(agent, world, actions, settings['baselines']).items():
         judge = World(world.name, num_envs=len(chosen), image_shape=agent.size,
                       image_resample=world.resample, **world.resolution)
-        judge.set_policy(policy)
+        judge.set_policy(make_policy())
         start = time.perf_counter()
         with contextlib.redirect_stdout(io.StringIO()):  # it prints a line for each plan
             result = judge.evaluate(

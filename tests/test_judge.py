@@ -164,7 +164,7 @@ def test_a_judgement_replays_what_was_recorded_and_leaves_its_table(stand_in, tr
 
 
 def test_the_judge_gets_our_planner_s_settings(stand_in, agent):
-    policy = judge.policies(agent, None, np.zeros((25, 4, 2), np.float32))['plan in the dream']
+    policy = judge.policies(agent, None, np.zeros((25, 4, 2), np.float32))['plan in the dream']()
     solver, config = policy.given
     budget = {key: solver.options[key] for key in ('num_samples', 'n_steps', 'topk')}
     assert budget == dict(num_samples=6, n_steps=2, topk=2)
