@@ -189,12 +189,13 @@ if __name__ == '__main__':
         settings |= dict(dataset=opened.dataset, num_steps=planner.num_steps,
                          machine=name_of(opened.device), processes=WORLD_SIZE)
         json.dump({'settings': settings, 'summaries': summaries, 'episodes': results}, f)
+    shutil.rmtree(finished)
+    print(text)
+    print(f'{out_dir}: plan.json and plan.md')
     if num_films:
         agent.planner = planner
         with autocast(opened.device, opened.dtype):
             best = partial(choose, rows[first][0], agent)
             video = films(best, agent, world, episodes[:num_films])
         write_video(os.path.join(out_dir, 'plan.gif'), video, fps=3)
-    shutil.rmtree(finished)
-    print(text)
-    print(f'{out_dir}: plan.json, plan.md and plan.gif')
+        print(f'{out_dir}: plan.gif')
