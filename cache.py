@@ -50,7 +50,7 @@ class PlainModel:
 
 
 class CachedModel:
-    """The same for less: only the frames that move are run, and each one once more when it is finished."""
+    """The same for less: runs the frames that move, and each once more when it is finished."""
 
     def __init__(self, model, shared_context=False):
         """shared_context: the frames before the first that moves are the same in all rows."""
@@ -83,7 +83,7 @@ class CachedModel:
 
     def fill_from_one_row(self, x, t, action, stop):
         """What all rows share is run for the first only."""
-        row_action = action if action is None else action[:1]
+        row_action = None if action is None else action[:1]
         self.run(x[:1], t, row_action, slice(0, stop), skip=stop)
         for block_cache in filter(None, self.cache):
             block_cache.repeat_rows(len(x))

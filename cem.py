@@ -14,7 +14,7 @@ from data import Clips, to_model
 from machine import under_results
 
 # -----------------------------------------------------------------------------
-# what makes a dream close to the goal: the squared distance between what these make of the two
+# how far a dream ends from the goal: the squared distance between the two, embedded by one of these
 
 def pixels(frames, model):
     """As they are: flat as long as an object and the place it should be at do not overlap."""
@@ -42,7 +42,7 @@ def features(frames, model):
     kept = []
     block = model.blocks[len(model.blocks) // 2]
     hook = block.register_forward_hook(lambda block, inputs, output: kept.append(output))
-    model(frames[:, None], torch.full((1, 1), 20, device=frames.device))
+    model(frames[:, None], torch.full((1, 1), 20, device=frames.device))  # as noisy as a rollout's past
     hook.remove()
     return kept[0].float()
 
@@ -65,7 +65,7 @@ def cem(cost, planner, low, high, generator, mean=None):
     for _ in range(planner.iterations):
         noise = torch.randn(planner.candidates, *mean.shape, generator=generator)
         actions = mean + std * noise
-        actions[0] = mean
+        actions[0] = mean  # the plan so far stays a candidate
         actions = actions.clamp(low, high)
         best = cost(actions).topk(planner.elites, largest=False).indices
         mean = actions[best].mean(dim=0)
@@ -163,7 +163,6 @@ class Agent:
         embed = OBJECTIVES[self.planner.objective]
         target = embed(self.encode(goal[None]), self.model)
         first = -1 if self.planner.look_at == 'last' else 0
-
         chunk = self.dreams_at_once()
 
         def cost(actions):

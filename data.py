@@ -19,7 +19,7 @@ import torch
 
 from configurator import UserError
 
-UNREADABLE = (OSError, ValueError, EOFError, OverflowError, RecursionError)  # of arrays and JSON
+UNREADABLE = (OSError, ValueError, EOFError, OverflowError, RecursionError)  # what a broken array or JSON raises
 
 
 class Clips:
@@ -71,7 +71,7 @@ class Clips:
         fit = fit and actions.ndim == 2 and actions.dtype.kind in 'fiu' and len(actions) == len(frames)
         fit = fit and episodes.ndim == 1 and episodes.dtype.kind in 'iu' and len(episodes) > 1
         if fit:
-            self.actions = np.asarray(actions, np.float32)  # still on the disk, if that is what it was
+            self.actions = np.asarray(actions, np.float32)  # stays on the disk if it is float32
             self.episodes = np.asarray(episodes, np.int64)
             rising = (np.diff(self.episodes) >= 0).all()
             fit = rising and self.episodes[0] == 0 and self.episodes[-1] == len(frames)
@@ -146,7 +146,7 @@ class Clips:
         only an episode's first clip is drawn.
         """
         choices = np.arange(len(self))
-        if self.meta.get('fixed_starts') and self.folder.endswith('val'):
+        if self.meta.get('fixed_starts') and self.split == 'val':
             choices = self.cumulative[:-1][np.diff(self.cumulative) > 0]
         return np.random.default_rng(seed).permutation(choices)[:count]
 

@@ -316,7 +316,7 @@ class Diffusion(nn.Module):
             if known < window:
                 frames = slice(0, min(window, num_frames))
             num_context = known - frames.start
-            acted = action if action is None else action[:, frames]
+            acted = None if action is None else action[:, frames]
             levels = self.context_levels(num_context, sampler)
             net.new_window()
             clip = self.denoise(net, x[:, frames], acted, levels, context_noises[:, frames], sampler)
@@ -365,11 +365,12 @@ class Diffusion(nn.Module):
 
 
 def moving_frames(t, s):
-    """The slice of frames whose turn it is between two rows of a schedule: neither clean nor waiting."""
+    """The frames, a slice, that move between two rows of a schedule: neither clean nor waiting."""
     first = int((t >= 0).nonzero()[0])
     last = int((t != s).nonzero()[-1])
     return slice(first, last + 1)
 
 
-# (diffusion, x, t, s, out, previous, eta) -> (x_s, x0); previous: each frame's timestep and x0 one step ago
+# (diffusion, x, t, s, out, previous, eta) -> (x_s, x0)
+# previous: each frame's timestep and x0 one step ago
 SOLVERS = {'ddim': Diffusion.ddim_step, 'dpmpp': dpmpp_step}

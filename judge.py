@@ -25,13 +25,13 @@ import envs
 from configurator import UserError
 from data import Clips
 from evaluate import markdown
-from trials import METHODS, wilson
+from trials import METHODS, percent
 
 GOAL_OFFSET, BUDGET = 25, 50  # simulator steps
 
 
 class CostModel(nn.Module):
-    """What its planner optimises: how far from the goal our dream of each candidate ends.
+    """What the judge's planner optimises: how far from the goal our dream of each candidate ends.
 
     method: 'plan', or 'wrong' (the model is told another candidate's actions) or 'simulator' (the
     world takes the dream's place), as in trials.METHODS.
@@ -48,11 +48,12 @@ class CostModel(nn.Module):
         info: 'pixels' and 'goal' uint8 [B,S,1,H,W,3], the same for all S, and the simulator's state.
         """
         agent, costs = self.agent, []
-        actions = candidates.cpu().clamp(agent.low, agent.high)  # its planner knows no bounds
+        actions = candidates.cpu().clamp(agent.low, agent.high)  # the judge's planner knows no bounds
         if self.method == 'wrong':
             actions = actions.roll(1, dims=1)
         for i, some in enumerate(actions):
-            frame, goal = (info[name][i, 0, 0].permute(2, 0, 1).cpu().numpy() for name in ('pixels', 'goal'))
+            pictures = torch.stack([info['pixels'][i, 0, 0], info['goal'][i, 0, 0]])
+            frame, goal = pictures.permute(0, 3, 1, 2).cpu().numpy()
             if self.method == 'simulator':
                 self.world.set_their_state(info[self.world.state_column][i, 0, 0].cpu().numpy())
                 imagine = agent.simulate(self.world)
@@ -65,7 +66,7 @@ class CostModel(nn.Module):
 
 
 class Scaler:
-    """Between the actions of its simulator and those of its planner, which are standardised."""
+    """Between the actions of the judge's simulator and the standardised ones of its planner."""
 
     def __init__(self, agent):
         self.mean, self.std = agent.mean.numpy(), agent.std.numpy()
@@ -78,7 +79,7 @@ class Scaler:
 
 
 class Recorded:
-    """Held-out episodes as its World asks for them; states, which we did not record, are replayed."""
+    """Held-out episodes as the judge asks for them; states, which were not recorded, are replayed."""
 
     def __init__(self, clips, world):
         self.clips, self.world = clips, world
@@ -111,7 +112,7 @@ class Recorded:
 
 
 def policies(agent, world, recorded, baselines=True):
-    """{label: a function that makes its policy}: plans by its planner, and what needs no plan.
+    """{label: a function that makes its policy}: plans by the judge's planner, and what needs no plan.
 
     recorded [T,N,A]: the actions that led from the starts to the goals.
     """
@@ -131,7 +132,7 @@ def policies(agent, world, recorded, baselines=True):
 
     planner = agent.planner
     config = PlanConfig(planner.horizon, planner.execute, action_block=agent.interval)
-    # of an episode, if it needs them all
+    # of an episode that uses its whole budget
     plans = math.ceil(BUDGET / (planner.execute * agent.interval))
 
     def plan(method):
@@ -159,7 +160,7 @@ def score(agent, what, settings):
                         '(a model of pusht: python data.py swm_pusht, and --dataset=data/swm_pusht)')
     world = envs.make_world(what)
     from stable_worldmodel import World
-    clips = Clips(os.path.dirname(agent.recorded.folder), 'val', GOAL_OFFSET + 1)
+    clips = Clips(agent.recorded.root, 'val', GOAL_OFFSET + 1)
     chosen, _ = clips.first_rows(clips.fixed(settings['num_episodes'], settings['seed']))
     episodes = np.searchsorted(clips.episodes, chosen, side='right') - 1
     starts = chosen - clips.episodes[episodes]
@@ -182,9 +183,7 @@ def score(agent, what, settings):
                 callables=setters)
         seconds = (time.perf_counter() - start) / len(chosen)
         reached = result['episode_successes'].astype(bool).tolist()
-        low, high = wilson(sum(reached), len(reached))
-        share = f'{100 * np.mean(reached):.0f} [{100 * low:.0f}, {100 * high:.0f}]'
-        rows[label] = [share, len(reached), f'{seconds:.1f}']
+        rows[label] = [percent(sum(reached), len(reached)), len(reached), f'{seconds:.1f}']
         results[label] = {'reached': reached, 'seconds': seconds}
 
     text = markdown(rows)

@@ -291,7 +291,7 @@ class Block(nn.Module):
     """Attention and MLP, each shifted, scaled and gated by the frame's noise level (adaLN-Zero).
 
     An injection overrides the one of `before`, `condition`, `between` and `after` where the action
-    comes in. Its own layers start at zero (ZeroLinear), and it uses no action of a later frame.
+    comes in. What it adds starts at zero (ZeroLinear); if causal, it uses no action of a later frame.
     """
 
     def __init__(self, config, temporal):

@@ -27,7 +27,7 @@ from tqdm import tqdm
 import envs
 import run
 from cem import OBJECTIVES, Agent, cem
-from configurator import UserError, check_choice, configure
+from configurator import UserError, check_choice, checked, configure, read_settings
 from machine import (
     RANK,
     WORLD_SIZE,
@@ -53,7 +53,7 @@ seed = 0  # the first; episodes of other seeds have nothing in common [>= 0]
 baselines = True  # the same episodes by lesser means, and by the true simulator
 simulator = False  # plan in the true simulator only: the ceiling
 vary = ''  # a row for each value instead: num_steps=1,2 or candidates=32,128 iterations=16,4
-judge = False  # let stable-worldmodel score the model, in its simulator by its own planner
+judge = False  # let stable-worldmodel score it; heeds num_episodes, seed and baselines
 num_films = 4  # episodes in the GIF [>= 0]
 out_dir = ''  # for plan.json, plan.md and plan.gif; '' is beside the checkpoint
 # the planner; times are in frames of the model
@@ -128,6 +128,8 @@ if __name__ == '__main__':
         raise UserError(f'{opened.dataset} is of {what}, which has no simulator with goals: '
                         f'expected one of {", ".join(known)}')
     if judge:
+        if WORLD_SIZE > 1:
+            raise UserError('judge=True is one process: start it without torchrun')
         from judge import score
         with autocast(opened.device, opened.dtype):
             score(agent, what, settings | {'out_dir': out_dir})
@@ -141,6 +143,11 @@ if __name__ == '__main__':
         rows = {label: ('plan', changed) for label, changed in arms(vary, kinds).items()}
     elif baselines:
         rows = {label: (method, {}) for method, label in METHODS.items()}
+    bounds = read_settings(globals()) | read_settings(vars(run))
+    for _, changed in rows.values():  # says now what is not possible
+        for key, value in changed.items():
+            checked(key, value, bounds, 'vary')
+        replace(planner, **changed)
 
     world = envs.make_world(what)
     episodes = []

@@ -1,7 +1,7 @@
 """Play: step into the dream, in a browser. Where there is a simulator, the truth runs beside it.
 
     python play.py --ckpt=out/wall                  # opens http://127.0.0.1:8000
-    python play.py --ckpt=out/wall --num_steps=1    # faster; it may also change while one plays
+    python play.py --ckpt=out/doom --num_steps=1    # faster than its four steps; the page can change it too
     ssh -L 8000:localhost:8000 machine              # plays here what --browser=False dreams there
 
 The page (play.html) asks for one frame at a time, with the action that leads to it; without a limit
@@ -28,6 +28,7 @@ from session import Session, gif
 
 MAX_BODY = 2 ** 16  # bytes of a request
 MAX_FRAMES = 16  # of a request
+PATIENCE = 5  # seconds that a frame may take to be read
 HEAD = struct.Struct('<If?xxx')  # of a frame: its age, milliseconds, whether the true episode is over
 TEXT = 'text/plain; charset=utf-8'
 PAGE_HEADERS = {  # it loads nothing, and no other page may frame it
@@ -44,9 +45,8 @@ class Refused(Exception):
 
 
 class Server(ThreadingHTTPServer):
-    """Its threads read and write; one other thread computes everything, in the order asked for.
-
-    Were each to compute for itself, each would have a pool of threads of its own.
+    """Its threads read requests; one other thread dreams for all tabs, in the order asked for, and
+    sends the frames itself. If each dreamed for itself, each would start its own pool of torch's threads.
     """
 
     def __init__(self, host, port, opened, tabs=8, silence=300.0):
@@ -54,9 +54,9 @@ class Server(ThreadingHTTPServer):
         self.page = Path(__file__).with_name('play.html').read_bytes()
         self.sessions = {}  # by names that nobody can guess
         self.worker = ThreadPoolExecutor(max_workers=1)
-        # the browser draws on the same processor: a core is left to it (PushT on two: 20 -> 25 frames
-        # a second), and the dream waits less than 5 ms for Python's lock when a thread answers it
+        # the browser draws on the same processor: leave it a core (PushT on two: 20 -> 25 fps)
         torch.set_num_threads(max(1, min(torch.get_num_threads(), os.cpu_count() - 1)))
+        # Python's default lets a thread that reads a request keep the dream waiting for 5 ms
         sys.setswitchinterval(1e-4)
         try:
             super().__init__((host, port), Handler)
@@ -120,7 +120,7 @@ class Handler(BaseHTTPRequestHandler):
         hosts = self.headers.get_all('Host', [])
         ours = {'localhost', '127.0.0.1', self.server.host, self.connection.getsockname()[0]}
         if len(hosts) != 1 or re.sub(r':\d+$', '', hosts[0]) not in ours:
-            raise Refused(421, f'this is {self.server.url}, and answers to no other name')
+            raise Refused(421, f'open {self.server.url}, or use localhost or the IP address instead of a name')
         own = f'http://{hosts[0]}'
         if self.headers.get('Origin', own) != own:
             raise Refused(403, 'pages of other origins may not play here')
@@ -234,8 +234,11 @@ class Handler(BaseHTTPRequestHandler):
                 self.wfile.write(body)
                 self.wfile.flush()
 
-        # sent by the thread that dreams: to wake another for each frame costs a tenth of the rate
+        # sent by the thread that dreams: to wake another for each frame costs a tenth of the rate.
+        # It waits for no slow reader
+        self.connection.settimeout(PATIENCE)
         self.server.compute(dream)
+        self.connection.settimeout(self.timeout)
 
     def send_json(self, answer):
         self.send(200, 'application/json', json.dumps(answer).encode())

@@ -1,4 +1,4 @@
-"""Dream: show the model the first frames of held-out clips, give it the actions, compare with the truth.
+"""Dream: continue held-out clips from their first frames and the actions, beside the truth.
 
     python sample.py --ckpt=out/wall                        # GIF beside the checkpoint
     python sample.py --ckpt=out/wall --num_frames=50        # beyond the model's window, which slides
@@ -37,7 +37,7 @@ def dream(model, diffusion, frames, action, num_context, num_steps, seed=0, prog
 
 
 def recorded_length(clips, num_clips):
-    """The frames that num_clips of the episodes have, or all episodes if there are fewer."""
+    """How many frames each of the num_clips longest episodes has, at least."""
     rows = np.sort(np.diff(clips.episodes))[::-1][:num_clips]
     frames = (rows - 1) // clips.interval + 1
     return max(clips.num_frames, int(frames[-1]))

@@ -1,4 +1,4 @@
-"""What one tab of play.py plays: a dream, the simulator beside it if there is one, and a film while it records."""
+"""One tab of play.py: a dream, the simulator beside it if there is one, a film if it records."""
 import os
 import time
 from collections import deque
@@ -21,7 +21,7 @@ MAX_FILM = 300  # frames that are kept while recording: the last ones
 
 
 class Session:
-    """Each of its moves returns (dream, truth): frames uint8 [3,H,W], truth None where nobody knows or asks."""
+    """Every move returns (dream, truth), uint8 [3,H,W]; truth is None where it is unknown or unasked."""
 
     def __init__(self, opened):
         self.opened = opened
@@ -36,7 +36,7 @@ class Session:
         self.states = deque(maxlen=opened.context_frames)
         self.acted = deque(maxlen=opened.context_frames - 1)
         self.rng = np.random.default_rng()
-        self.action = None  # that was last told
+        self.action = None  # the last one that was told
         self.film = None
         self.heard = time.monotonic()  # of its tab
         self.new_start()

@@ -73,7 +73,7 @@ causal = True
 zero_cross_gate = False  # begin cross_attention as the reference does, which never learns to listen
 # diffusion
 pred_name = 'v'  # epsilon, x, v or flow
-noise_schedule: str = None  # linear or squaredcos_cap_v2; None is the target's native one
+noise_schedule: str = None  # linear or squaredcos_cap_v2; None is the target's own, as flow's always is
 zero_terminal_snr: bool = None  # None is the target's native choice
 snr_gamma = 5.0  # min-SNR loss weight; 0 turns it off [>= 0]
 timestep_sampling = 'logit_normal'  # or uniform
@@ -135,11 +135,12 @@ train_clips = Clips(dataset, 'train', num_frames, frame_interval, normalize_acti
 val_clips = Clips(dataset, 'val', num_frames, frame_interval, normalize_action)
 val_frames, val_action = val_clips.batch(val_clips.fixed(num_val_clips))
 frame_shape = train_clips.frames.shape[1:]
-decoder, can_look = None, frame_shape[0] == 3 and real_data
-if frame_shape[0] != 3 and real_data:  # only pictures and metrics need the decoder of latents
+decoder, can_look = None, real_data
+if real_data and frame_shape[0] != 3:  # only pictures and metrics need the decoder of latents
     try:
-        decoder, can_look = load_vae(vae, device), True
+        decoder = load_vae(vae, device)
     except UserError as e:
+        can_look = False
         if master:
             print(f'no pictures of dreams and no metrics: {e}')
 metric_clips = val_clips.fixed(num_metric_clips)
@@ -248,7 +249,7 @@ def batches(first):
 
 @torch.no_grad()
 def validation_loss():
-    """Loss of the EMA weights on fixed clips, timesteps and noise; FSDP needs every process."""
+    """Loss of the EMA weights on fixed clips, timesteps and noise; every process calls it (FSDP)."""
     generator = torch.Generator(device).manual_seed(seed)
     loss = 0.0
     parts = zip(val_frames.split(batch_size), val_action.split(batch_size), strict=True)
@@ -261,7 +262,7 @@ def validation_loss():
 
 
 def dream_picture():
-    """Held-out clips, truth above dream; FSDP needs every process."""
+    """Held-out clips, truth above dream; every process calls it (FSDP)."""
     x0, action = to_model(val_frames[:8], device), val_action[:8].to(device)
     with precision:
         dreamed = dream(ema, diffusion, x0, action, context_frames, sample_steps)
@@ -284,7 +285,7 @@ def due(every):
 
 
 if start and start != latest:
-    save(latest)  # the folder is now where that checkpoint is
+    save(latest)  # from now on this folder's latest is that checkpoint
 if master:
     rate = machine.matmul_rate(device, dtype)
     print(f'{num_parameters / 1e6:.2f} M parameters, {len(train_clips):,} clips, '
@@ -322,7 +323,8 @@ while step < max_steps and not stop:
         optimizer.zero_grad(set_to_none=True)
     scaler.update()
     if ema_decay:
-        decay = min(ema_decay, (1 + step) / (10 + step))  # short at first, to forget the beginning
+        # over few steps at first, to forget the untrained weights
+        decay = min(ema_decay, (1 + step) / (10 + step))
         with torch.no_grad():
             torch._foreach_lerp_(ema_weights, weights, 1 - decay)
     step += 1

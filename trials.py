@@ -51,9 +51,12 @@ def draw_episode(world, seed, size, goals='recorded', goal_steps=15, budget=0):
 
 
 def draw_episodes(world, count, seed, size, **options):
-    """Episodes whose seeds no dataset has, and that are not solved before they begin."""
-    episodes, number = [], 1_000_000_000 + seed * 1_000_000
+    """Episodes of seeds that no dataset has, not solved before they begin. Raises UserError."""
+    first = number = 1_000_000_000 + seed * 1_000_000
+    episodes = []
     while len(episodes) < count:
+        if number == first + 1000 and not episodes:
+            raise UserError('goal_steps: of 1,000 goals none lay far enough to count; ask for more')
         episode = draw_episode(world, number, size, **options)
         if episode.distance >= 1:
             episodes.append(episode)
@@ -113,6 +116,7 @@ def choose(method, agent, world, episode, generator, mean=None):
     mean: where cem begins.
     """
     planner = agent.planner
+    # for every method: its noise is drawn first, so that all try the same candidates
     imagine = agent.dream(world.render(agent.size[0]), generator)
     if method == 'simulator':
         imagine = agent.simulate(world)
@@ -203,6 +207,12 @@ def wilson(successes, count, z=1.96):
     return (centre - spread) / scale, (centre + spread) / scale
 
 
+def percent(successes, count):
+    """'96 [92, 98]': a share in %, and its 95 % interval."""
+    low, high = wilson(successes, count)
+    return f'{100 * successes / count:.0f} [{100 * low:.0f}, {100 * high:.0f}]'
+
+
 def summarise(rows):
     """One line of the table, of episodes {'reached': steps or None, 'seconds', 'distance'}."""
     steps = [row['reached'] for row in rows if row['reached']]
@@ -220,8 +230,7 @@ def table(summaries):
     """Markdown of {label: summarise(...)}."""
     rows = {'': ['reached, % [95 % interval]', 'episodes', 'steps, median', 's an episode']}
     for label, summary in summaries.items():
-        low, high = summary['interval']
-        reached = f'{100 * summary["rate"]:.0f} [{100 * low:.0f}, {100 * high:.0f}]'
+        reached = percent(summary['reached'], summary['episodes'])
         steps = summary['median_steps'] or ''
         rows[label] = [reached, summary['episodes'], steps, f'{summary["seconds"]:.1f}']
     return markdown(rows)

@@ -162,6 +162,13 @@ def test_episodes_are_not_solved_before_they_begin(goals):
     assert len({e.seed for e in episodes}) == 20
 
 
+def test_goals_that_nobody_can_miss_are_refused(monkeypatch):
+    world = make_world('wall')
+    monkeypatch.setattr(world, 'distance', lambda state, goal: 0.5)
+    with pytest.raises(UserError, match='goal_steps: of 1,000 goals none lay far enough'):
+        draw_episodes(world, 2, seed=0, size=16, goal_steps=1)
+
+
 def test_the_wilson_interval_is_as_published():
     assert np.allclose(wilson(5, 10), (0.2366, 0.7634), atol=1e-4)
     assert np.allclose(wilson(0, 10), (0, 0.2775), atol=1e-4)
@@ -231,6 +238,8 @@ def test_vary_makes_a_row_for_each_value(planned, tmp_path):
     ('--vary=seed=1', 'vary=seed=1: expected settings of the planner'),
     ('--vary=num_steps=one', 'vary=num_steps=one: invalid literal'),
     ('--vary=num_steps=1,2 horizon=3', 'expected as many values of each'),
+    ('--vary=elites=2,1', 'vary: elites=1: expected >= 2'),
+    ('--vary=execute=2,4', 'execute=4: expected at most horizon=3'),
 ])
 def test_a_mistake_ends_in_one_line(planned, option, said):
     options, *_ = planned

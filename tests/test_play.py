@@ -637,10 +637,16 @@ def test_a_setting_that_is_refused_is_said_on_the_page(server, chromium):
     page = chromium.new_page()
     page.goto(server.url)
     until(page, 'lastAge >= 0')
-    pause(page)
     page.fill('#num_steps', '999')
     page.press('#num_steps', 'Enter')
     until(page, 'at("message").textContent.includes("1 to 250")')
+    until(page, f'lastAge > {age(page) + 3}')  # and frames that come do not take it away
+    assert '1 to 250' in page.inner_text('#message')
+    pause(page)
+    page.click('#record')
+    page.click('#record')  # of no frame
+    until(page, 'at("message").textContent.includes("nothing was recorded")')
+    assert page.inner_text('#record') == 'Record'
     page.close()
 
 
