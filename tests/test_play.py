@@ -717,10 +717,10 @@ def test_csgo_is_played_with_keys_and_mouse(tmp_path, visit):
 
 @pytest.fixture(scope='session')
 def player(tmp_path_factory):
-    """A model of the wall at 16x16 that has learned what actions do: three quarters of a minute."""
+    """A model of the wall at 16x16 that has learned what actions do: half a minute."""
     folder = tmp_path_factory.mktemp('player')
     run('data.py', 'wall', f'--out={folder}/wall', '--episodes=300', '--image_size=16', '--workers=2')
-    run(*TRAIN, f'--dataset={folder}/wall', f'--out_dir={folder}/run', '--max_steps=600', '--hidden_size=64',
+    run(*TRAIN, f'--dataset={folder}/wall', f'--out_dir={folder}/run', '--max_steps=400', '--hidden_size=64',
         '--depth=4', '--batch_size=12', '--muon=True', '--learning_rate=5e-3', '--warmup_steps=50',
         '--gradient_clip_norm=1.0', '--ema_decay=0.98', '--normalize_action=True', '--injection=adaln',
         '--clean_history=1', '--timestep_mean=2', '--timestep_std=4', '--val_every=0')
