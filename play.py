@@ -1,7 +1,7 @@
 """Play: step into the dream, in a browser. Where there is a simulator, the truth runs beside it.
 
     python play.py --ckpt=out/wall                  # opens http://127.0.0.1:8000
-    python play.py --ckpt=out/doom --num_steps=1    # faster than its four steps; the page can change it too
+    python play.py --ckpt=out/doom --num_steps=1    # faster than its four; the page can change it
     ssh -L 8000:localhost:8000 machine              # plays here what --browser=False dreams there
 
 The page (play.html) asks for one frame at a time, with the action that leads to it; without a limit
@@ -46,7 +46,7 @@ class Refused(Exception):
 
 class Server(ThreadingHTTPServer):
     """Its threads read requests; one other thread dreams for all tabs, in the order asked for, and
-    sends the frames itself. If each dreamed for itself, each would start its own pool of torch's threads.
+    sends the frames itself. If each dreamed for itself, each would start a pool of torch's threads.
     """
 
     def __init__(self, host, port, opened, tabs=8, silence=300.0):
@@ -120,7 +120,8 @@ class Handler(BaseHTTPRequestHandler):
         hosts = self.headers.get_all('Host', [])
         ours = {'localhost', '127.0.0.1', self.server.host, self.connection.getsockname()[0]}
         if len(hosts) != 1 or re.sub(r':\d+$', '', hosts[0]) not in ours:
-            raise Refused(421, f'open {self.server.url}, or use localhost or the IP address instead of a name')
+            raise Refused(421, f'open {self.server.url}, or use localhost or the IP address '
+                               'instead of a name')
         own = f'http://{hosts[0]}'
         if self.headers.get('Origin', own) != own:
             raise Refused(403, 'pages of other origins may not play here')
