@@ -177,6 +177,14 @@ def shard(model, device):
         register_fsdp_forward_method(block, 'remember')
 
 
+def compiled(model, device):
+    """torch.compile, without AVX-512 on a CPU: there torch 2.13 turns bf16 gradients of 64 patches
+    a frame to NaN."""
+    if device == 'cpu':
+        torch._inductor.config.cpp.simdlen = 256
+    return torch.compile(model)
+
+
 def distributed(net, device):
     """DDP: every process has all weights, and they average their gradients."""
     if WORLD_SIZE == 1 or isinstance(net, FSDPModule):
