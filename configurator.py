@@ -73,8 +73,9 @@ def extra(module):
 
 def print_one_line(kind, error, trace):
     """For sys.excepthook: no traceback for a mistake of the user's, a disk's fault or Ctrl-C."""
-    if issubclass(kind, (UserError, OSError)):
-        tqdm.write(str(error), file=sys.stderr)  # on a line of its own, whatever bars there are
+    if issubclass(kind, (UserError, OSError, MemoryError)):
+        line = str(error) or 'out of memory'
+        tqdm.write(line, file=sys.stderr)  # on a line of its own, whatever bars there are
     elif issubclass(kind, KeyboardInterrupt):
         tqdm.write('interrupted', file=sys.stderr)
     else:
