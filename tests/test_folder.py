@@ -16,6 +16,7 @@ import folder
 from checkpoint import load_model, read_meta
 from configurator import UserError
 from logger import Logger, lines_until
+from machine import write_whole
 
 TORCHRUN = ['-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2']
 
@@ -210,6 +211,14 @@ def test_a_folder_in_a_files_place_gets_one_line(name, options, tmp_path):
     job = [sys.executable, *options, f'--out_dir={tmp_path}', '--max_steps=3']
     done = subprocess.run(job, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1 and 'Traceback' not in done.stderr and name in done.stderr
+
+
+def test_a_full_disk_is_said_with_the_file_and_leaves_the_old_one(tmp_path):
+    (tmp_path / 'config.json').write_text('old')
+    (tmp_path / 'config.json.tmp').symlink_to('/dev/full')
+    with pytest.raises(UserError, match='^cannot write .*/config.json: No space left on device$'):
+        write_whole(tmp_path / 'config.json', 'new')
+    assert (tmp_path / 'config.json').read_text() == 'old'
 
 
 def test_a_log_that_cannot_be_written_names_itself(tmp_path):
