@@ -151,6 +151,15 @@ def test_only_the_last_checkpoints_are_kept(options, copy, tmp_path):
     assert load_model(f'{copy}/step_0000004.safetensors') and load_model(f'{copy}/step_0000006.safetensors')
 
 
+def test_a_run_without_its_latest_is_not_written_over_and_goes_on_from_its_last_numbered_one(options, whole, copy):
+    for name in ('latest', 'step_0000006'):
+        os.remove(f'{copy}/{name}.safetensors')
+    assert 'step_0000004.safetensors is there already: add --resume=True' in error(*options, f'--out_dir={copy}')
+    assert 'holds a run already' in error(*options, f'--out_dir={copy}', f'--resume={whole}')
+    inline(*options, f'--out_dir={copy}', '--resume=True')
+    assert_same(whole, copy)
+
+
 def test_the_space_that_checkpoints_will_take_is_said(options, tmp_path):
     config = dict(max_steps=300_000, keep_every=10_000, keep_last=0)
     line = folder.disk_space(str(tmp_path), 16 * 158.6e6, config)  # B/2
