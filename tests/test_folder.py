@@ -205,7 +205,8 @@ def test_whatever_a_log_holds_its_good_lines_stay(options, copy):
     with open(f'{copy}/log.jsonl', 'rb') as f:
         good = f.read()
     with open(f'{copy}/log.jsonl', 'wb') as f:
-        f.write(b'{bad\n[]\n3\nnull\n{"step": "x"}\n{"loss": 1}\n\xff\xfe\x00\n' + good + b'{"step": 6, "lo')
+        f.write(b'{bad\n[]\n3\nnull\n{"step": "x"}\n{"loss": 1}\n\xff\xfe\x00\n')
+        f.write(100_000 * b'[' + b'\n' + good + b'{"step": 6, "lo')
     assert lines_until(f'{copy}/log.jsonl', 6) == good.decode()
 
 
