@@ -137,7 +137,7 @@ def test_all_that_can_be_switched_trains(wall, tmp_path):
     ('--dataset=nowhere/wall', 'python data.py wall'),
     ('--max_steps=1.5', 'max_steps=1.5 is of the wrong type; expected int'),
     ('--resume=3', 'no checkpoint at 3: check --resume'),
-    ('--num_workers=0', 'num_workers=0: expected >= 1'),
+    ('--num_workers=0', 'num_workers=0: expected 1 to 256'),
     ('--keep_last=-1', 'keep_last=-1: expected >= 0'),
     ('--compile=yes', "compile='yes' is of the wrong type; expected bool"),
     ('--batchsize=3', "command line: unknown key 'batchsize'; did you mean 'batch_size'?"),
