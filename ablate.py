@@ -24,6 +24,7 @@ import numpy as np
 from configurator import UserError, check_choice, check_choices, configure, run_config_file
 from diffusion import SOLVERS, TARGETS
 from evaluate import COLUMNS, markdown, with_interval
+from folder import latest_of
 from machine import under_results, write_whole
 from metrics import interval
 from model import INJECTIONS
@@ -62,7 +63,7 @@ def train(folder, options):
     """Train an arm as far as that is not done."""
     if os.path.exists(f'{folder}/metrics.json'):
         return
-    resume = os.path.exists(f'{folder}/latest.safetensors')
+    resume = bool(latest_of(folder))
     options = [f'--{key}={value}' for key, value in options.items()]
     call('train.py', base, *options, *train_options, f'--out_dir={folder}', f'--resume={resume}')
 

@@ -98,7 +98,7 @@ if __name__ == '__main__':
     model_size = ''  # S, B, L or XL sets hidden_size, depth and num_heads
     patch_size = 4  # [>= 1]
     hidden_size = 128  # [>= 4]
-    depth = 4  # [>= 2]
+    depth = 4  # [2 to 1000]
     num_heads = 4  # [>= 1]
     injection = 'additive'
     causal = True
@@ -107,9 +107,9 @@ if __name__ == '__main__':
     # rollouts
     context_frames = 1  # given frames [>= 1]
     rollout_frames = 0  # context included; 0 is the model's window [>= 0]
-    sample_steps = 10  # per frame [>= 1]
+    sample_steps = 10  # per frame [1 to 1000]
     cem_rollouts = 8  # of 5 frames from one shared frame, as planning asks for [>= 1]
-    cem_steps = 4  # per frame [>= 1]
+    cem_steps = 4  # per frame [1 to 1000]
     # --------------------------------------------------------------------------
     settings = configure(globals(), strict=False)
     check_choice('mode', mode, ('train', 'rollout', 'data', 'all'))

@@ -17,7 +17,6 @@ against.
 import ast
 import difflib
 import importlib
-import math
 import os
 import re
 import runpy
@@ -30,6 +29,7 @@ from tqdm import tqdm
 
 BLOCK = re.compile(r'# settings -+\n(.*?)\n *# -{20,}', re.DOTALL)
 BOUND = r'\[((?:>=? |\S+ to )\S+)\]'
+LARGEST = 1e15  # of the numbers: greater integers are no longer exact as floats
 SETTING = re.compile(rf' *(\w+)(?:: (\w+(?: \| \w+)?))? = (.+?)(?:  # (.*?(?:{BOUND})?))?')
 
 
@@ -73,8 +73,9 @@ def extra(module):
 
 def print_one_line(kind, error, trace):
     """For sys.excepthook: no traceback for a mistake of the user's, a disk's fault or Ctrl-C."""
-    if issubclass(kind, (UserError, OSError)):
-        tqdm.write(str(error), file=sys.stderr)  # on a line of its own, whatever bars there are
+    if issubclass(kind, (UserError, OSError, MemoryError)):
+        line = str(error) or 'out of memory'
+        tqdm.write(line, file=sys.stderr)  # on a line of its own, whatever bars there are
     elif issubclass(kind, KeyboardInterrupt):
         tqdm.write('interrupted', file=sys.stderr)
     else:
@@ -127,7 +128,7 @@ def parse(text, setting):
         return text
     try:
         return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
+    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
         return text
 
 
@@ -150,13 +151,13 @@ def checked(key, value, settings, source):
     setting = settings[key]
     if value is None and setting.default is None:
         return None
+    if type(value) in (int, float) and not abs(value) <= LARGEST:
+        raise UserError(f'{source}: {key}={value!r}: expected a finite number, {LARGEST:g} at most')
     if setting.type == 'float' and type(value) is int:
         value = float(value)
     if type(value).__name__ not in setting.type.split(' | '):
         raise UserError(f'{source}: {key}={value!r} is of the wrong type; '
                         f'expected {setting.type}, like {setting.default!r}')
-    if type(value) is float and not math.isfinite(value):
-        raise UserError(f'{source}: {key}={value!r}: expected a finite number')
     if setting.bound and not within(value, setting.bound):
         raise UserError(f'{source}: {key}={value!r}: expected {setting.bound}')
     return value

@@ -12,7 +12,7 @@ import math
 import os
 import shutil
 
-from checkpoint import find, read_meta
+from checkpoint import choose, find, read_meta
 from configurator import UserError
 from machine import LAUNCH, RANK, RESTARTS, gather, under_results
 from run import make_folder
@@ -63,26 +63,38 @@ def about(config, batch, action_scale):
     return json.loads(text)  # as it will be read, without tuples
 
 
+def latest_of(out_dir):
+    """The checkpoint that a run in this folder goes on from, '' if it holds none.
+
+    A kill before the second of two writes leaves a numbered one and no latest.
+    """
+    latest = os.path.join(out_dir, 'latest.safetensors')
+    if os.path.exists(latest):
+        return latest
+    name = choose(glob.glob('step_*.safetensors', root_dir=out_dir))
+    return os.path.join(out_dir, name) if name else ''
+
+
 def starting_point(out_dir, resume, now):
     """The checkpoint that training goes on from, '' if it begins. Every process has to call it.
 
     now: what about() says. When a process dies torchrun starts all of them again. Then they go on
     by themselves, but only from what this launch has saved. Raises UserError.
     """
-    latest = os.path.join(out_dir, 'latest.safetensors')
-    there = os.path.exists(latest)
+    latest = latest_of(out_dir)
     start, launches = '', []
-    if max(gather(RESTARTS)) > 0 and there:
+    if max(gather(RESTARTS)) > 0 and latest:
         launches = read_meta(latest).get('launch', [])
     if set(launches) & set(now['launch']):
         start = latest
     elif isinstance(resume, str) and resume:
         start = named_checkpoint(under_results(resume), out_dir)
-    elif resume and there:
+    elif resume and latest:
         start = latest
     elif resume:
-        raise UserError(f'no checkpoint at {latest}: leave out --resume, or check --out_dir')
-    elif there:
+        raise UserError(f'no checkpoint at {out_dir}/latest.safetensors: leave out --resume, '
+                        'or check --out_dir')
+    elif latest:
         raise UserError(f'{latest} is there already: add --resume=True to go on, '
                         'or choose another --out_dir')
     if start:
@@ -96,7 +108,7 @@ def named_checkpoint(path, out_dir):
         raise UserError(f'no checkpoint at {path}: check --resume')
     path = find(path)
     elsewhere = os.path.realpath(os.path.dirname(path)) != os.path.realpath(out_dir)
-    if elsewhere and os.path.exists(os.path.join(out_dir, 'latest.safetensors')):
+    if elsewhere and latest_of(out_dir):
         raise UserError(f'{out_dir} holds a run already: to go on from {path}, '
                         'choose another --out_dir')
     return path

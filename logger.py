@@ -19,7 +19,7 @@ def lines_until(path, step):
     kept = ''
     with open(path, errors='replace') as f:
         for line in f:
-            with contextlib.suppress(ValueError, TypeError, KeyError):  # a kill may cut a line short
+            with contextlib.suppress(ValueError, TypeError, KeyError, RecursionError):  # as after a kill
                 if line.endswith('\n') and json.loads(line)['step'] <= step:
                     kept += line
     return kept

@@ -33,11 +33,16 @@ def under_results(path):
     return os.path.normpath(os.path.join(os.environ.get('RESULTS_DIR', ''), path))
 
 
-def write_whole(path, text):
-    """Write a text file; a kill leaves the old one or the new."""
-    with open(f'{path}.tmp', 'w') as f:
-        f.write(text)
-    os.replace(f'{path}.tmp', path)
+def write_whole(path, content):
+    """Write text or bytes to a file; a kill leaves the old one or the new. Raises UserError."""
+    if isinstance(content, str):
+        content = content.encode()
+    try:
+        with open(f'{path}.tmp', 'wb') as f:
+            f.write(content)
+        os.replace(f'{path}.tmp', path)
+    except OSError as e:  # a full disk does not say of which file
+        raise UserError(f'cannot write {path}: {e.strerror}') from e
 
 
 def pick_device(name=''):

@@ -1,13 +1,14 @@
 """What people see: dreams as videos and contact sheets, numbers as curves."""
 import functools
+import io
 import math
-from pathlib import Path
 
 import imageio.v3 as iio
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from configurator import extra
+from machine import write_whole
 
 RED, GREY, DARK = (230, 60, 50), (160, 160, 160), (40, 40, 40)
 LABEL, GAP, BAR = 72, 4, 4  # pixels: of a row's label, between frames, below each frame
@@ -71,14 +72,14 @@ def contact_sheet(rows, num_context=0, min_size=64):
 
 def write_picture(path, picture):
     """Write uint8 [H,W,3]."""
-    Path(path).write_bytes(iio.imwrite('<bytes>', picture, extension='.png'))
+    write_whole(path, iio.imwrite('<bytes>', picture, extension='.png'))
 
 
 def write_video(path, video, fps):
     """Write uint8 [T,H,W,3] as a looping GIF, or as MP4 if the name says so. Raises UserError."""
     if not path.endswith('.mp4'):
         gif = iio.imwrite('<bytes>', video, extension='.gif', duration=1000 / fps, loop=0)
-        Path(path).write_bytes(gif)
+        write_whole(path, gif)
         return
     extra('imageio_ffmpeg')
     height, width = video.shape[1:3]
@@ -87,7 +88,7 @@ def write_video(path, video, fps):
 
 
 def plot(path, panels, xlabel='', log_ticks=False):
-    """Draw curves to a file; where matplotlib is missing, say so and go on.
+    """Draw curves to a PNG; where matplotlib is missing, say so and go on.
 
     panels: {title: {label: {x: a number, or a pair of a mean and its +-}}}, one below the other.
     Where x are names, points are side by side. A label that is a pair (target, solver) has its
@@ -111,7 +112,9 @@ def plot(path, panels, xlabel='', log_ticks=False):
         ax.grid(axis='y', alpha=0.3)
         ax.spines[['top', 'right']].set_visible(False)
         ax.legend(frameon=False, loc='center left', bbox_to_anchor=(1, 0.5))
-    figure.savefig(path, dpi=120)
+    png = io.BytesIO()
+    figure.savefig(png, dpi=120)
+    write_whole(path, png.getvalue())
 
 
 @functools.cache

@@ -190,12 +190,11 @@ if __name__ == '__main__':
     first = next(iter(rows))
     text += f'\n\n{first}, by the distance at the start (1 is reached):\n\n'
     text += table(by_distance(results[first]))
-    with open(os.path.join(out_dir, 'plan.md'), 'w') as f:
-        f.write(text + '\n')
-    with open(os.path.join(out_dir, 'plan.json'), 'w') as f:
-        settings |= dict(dataset=opened.dataset, num_steps=planner.num_steps,
-                         machine=name_of(opened.device), processes=WORLD_SIZE)
-        json.dump({'settings': settings, 'summaries': summaries, 'episodes': results}, f)
+    settings |= dict(dataset=opened.dataset, num_steps=planner.num_steps,
+                     machine=name_of(opened.device), processes=WORLD_SIZE)
+    results = {'settings': settings, 'summaries': summaries, 'episodes': results}
+    write_whole(os.path.join(out_dir, 'plan.md'), text + '\n')
+    write_whole(os.path.join(out_dir, 'plan.json'), json.dumps(results))
     shutil.rmtree(finished)
     print(text)
     print(f'{out_dir}: plan.json and plan.md')

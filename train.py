@@ -53,12 +53,12 @@ fsdp = False  # under torchrun: cut weights, gradients, moments and EMA among th
 grad_checkpoint = False  # recompute each block in the backward pass, to save memory
 # data
 dataset = 'data/wall'  # made by data.py
-num_frames = 4  # frames per clip, and the model's window [>= 2]
+num_frames = 4  # frames per clip, and the model's window [2 to 10000]
 context_frames = 1  # how many of them are given when it dreams [>= 1]
-frame_interval = 1  # keep every k-th frame; the k actions between are concatenated [>= 1]
+frame_interval = 1  # keep every k-th frame; the k actions between are concatenated [1 to 10000]
 vae = ''  # decodes latents for pictures: '' is $VAE_MODEL_PATH or pretrained/sd-vae-ft-mse
 normalize_action = False  # by the training split's mean and std
-num_workers = 1  # threads that load batches ahead [>= 1]
+num_workers = 1  # threads that load batches ahead [1 to 256]
 real_data = True  # False trains on random numbers of the shapes below, to try a config without data
 frame_shape = (4, 32, 32)  # channels, height, width; without real_data
 action_dim = 7  # numbers per recorded frame; without real_data
@@ -66,7 +66,7 @@ action_dim = 7  # numbers per recorded frame; without real_data
 model_size = ''  # S, B, L or XL stands for a hidden_size, depth and num_heads, whatever these say
 patch_size = 4  # [>= 1]
 hidden_size = 128  # [>= 4]
-depth = 4  # [>= 2]
+depth = 4  # [2 to 1000]
 num_heads = 4  # [>= 1]
 injection = 'additive'  # additive, adaln, adaln_fuse, film or cross_attention
 causal = True
@@ -104,7 +104,7 @@ num_val_clips = 64  # [>= 1]
 metrics_every = 0  # evaluate.py's PSNR, SSIM and right-wrong gap; 0 is never [>= 0]
 metrics = ''  # besides these: some of lpips,fid,fvd, where their weights are
 num_metric_clips = 16  # [>= 2]
-sample_steps = 50  # denoising steps per dreamed frame [>= 1]
+sample_steps = 50  # denoising steps per dreamed frame [1 to 1000]
 wandb = False  # log to Weights & Biases too
 wandb_project = 'nanowm'
 # ------------------------------------------------------------------------------

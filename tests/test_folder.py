@@ -16,6 +16,7 @@ import folder
 from checkpoint import load_model, read_meta
 from configurator import UserError
 from logger import Logger, lines_until
+from machine import write_whole
 
 TORCHRUN = ['-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2']
 
@@ -150,6 +151,15 @@ def test_only_the_last_checkpoints_are_kept(options, copy, tmp_path):
     assert load_model(f'{copy}/step_0000004.safetensors') and load_model(f'{copy}/step_0000006.safetensors')
 
 
+def test_a_run_without_its_latest_is_not_written_over_and_goes_on_from_its_last_numbered_one(options, whole, copy):
+    for name in ('latest', 'step_0000006'):
+        os.remove(f'{copy}/{name}.safetensors')
+    assert 'step_0000004.safetensors is there already: add --resume=True' in error(*options, f'--out_dir={copy}')
+    assert 'holds a run already' in error(*options, f'--out_dir={copy}', f'--resume={whole}')
+    inline(*options, f'--out_dir={copy}', '--resume=True')
+    assert_same(whole, copy)
+
+
 def test_the_space_that_checkpoints_will_take_is_said(options, tmp_path):
     config = dict(max_steps=300_000, keep_every=10_000, keep_last=0)
     line = folder.disk_space(str(tmp_path), 16 * 158.6e6, config)  # B/2
@@ -195,7 +205,8 @@ def test_whatever_a_log_holds_its_good_lines_stay(options, copy):
     with open(f'{copy}/log.jsonl', 'rb') as f:
         good = f.read()
     with open(f'{copy}/log.jsonl', 'wb') as f:
-        f.write(b'{bad\n[]\n3\nnull\n{"step": "x"}\n{"loss": 1}\n\xff\xfe\x00\n' + good + b'{"step": 6, "lo')
+        f.write(b'{bad\n[]\n3\nnull\n{"step": "x"}\n{"loss": 1}\n\xff\xfe\x00\n')
+        f.write(100_000 * b'[' + b'\n' + good + b'{"step": 6, "lo')
     assert lines_until(f'{copy}/log.jsonl', 6) == good.decode()
 
 
@@ -210,6 +221,14 @@ def test_a_folder_in_a_files_place_gets_one_line(name, options, tmp_path):
     job = [sys.executable, *options, f'--out_dir={tmp_path}', '--max_steps=3']
     done = subprocess.run(job, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1 and 'Traceback' not in done.stderr and name in done.stderr
+
+
+def test_a_full_disk_is_said_with_the_file_and_leaves_the_old_one(tmp_path):
+    (tmp_path / 'config.json').write_text('old')
+    (tmp_path / 'config.json.tmp').symlink_to('/dev/full')
+    with pytest.raises(UserError, match='^cannot write .*/config.json: No space left on device$'):
+        write_whole(tmp_path / 'config.json', 'new')
+    assert (tmp_path / 'config.json').read_text() == 'old'
 
 
 def test_a_log_that_cannot_be_written_names_itself(tmp_path):
