@@ -18,7 +18,17 @@ import torch
 from configurator import UserError, check_choice, check_context, configure
 from data import Clips, to_model
 from diffusion import Diffusion
-from machine import autocast, matmul_rate, name_of, pick_device, pick_dtype, seconds, under_results, write_whole
+from machine import (
+    autocast,
+    compiled,
+    matmul_rate,
+    name_of,
+    pick_device,
+    pick_dtype,
+    seconds,
+    under_results,
+    write_whole,
+)
 from model import build_model
 from random_data import random_dataset
 from run import make_folder
@@ -136,7 +146,7 @@ if __name__ == '__main__':
     clips = Clips(dataset, 'train', num_frames, frame_interval)
     frame_shape, A = clips.frames.shape[1:], clips.action_dim
     model = without_zeros(build_model(settings, frame_shape, A)).to(device)
-    net = torch.compile(model, disable=not compile)
+    net = compiled(model, device) if compile else model
     diffusion = Diffusion(pred_name).to(device)
 
     if mode in ('train', 'all'):
@@ -192,7 +202,7 @@ if __name__ == '__main__':
 
         window = settings | {'num_frames': 6}
         model = without_zeros(build_model(window, frame_shape, A)).to(device)
-        net = torch.compile(model, disable=not compile)
+        net = compiled(model, device) if compile else model
         context = torch.randn(1, 1, *frame_shape, device=device)
         action = torch.randn(cem_rollouts, 6, A, device=device)
         compare('cem', net, context, action, cem_steps)
