@@ -131,14 +131,12 @@ def choose(method, agent, world, episode, generator, mean=None):
         plan = torch.randn(planner.horizon, len(agent.low), generator=generator)
         plan = plan.clamp(agent.low, agent.high)
     elif method == 'recorded':  # as many as cem would try
-        count = planner.candidates * planner.iterations
-        draws = torch.randint(len(agent.recorded), (count,), generator=generator)
-        _, candidates = agent.recorded.batch(draws.numpy())
+        candidates = agent.recorded_plans(planner.candidates * planner.iterations, generator)
         plan = candidates[cost(candidates).argmin()]
-    elif method == 'wrong':
-        plan = cem(cost_of_another, planner, agent.low, agent.high, generator, mean)
     else:
-        plan = cem(cost, planner, agent.low, agent.high, generator, mean)
+        searched = cost_of_another if method == 'wrong' else cost
+        first = agent.first_plans(generator)
+        plan = cem(searched, planner, agent.low, agent.high, generator, mean, first)
     return plan, imagine
 
 

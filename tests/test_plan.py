@@ -68,6 +68,22 @@ def test_cem_stays_in_range_where_the_optimum_does_not():
     assert torch.allclose(found, high.expand(3, 2), atol=0.1)
 
 
+def test_cem_may_begin_with_given_candidates():
+    planner = Planner(candidates=4, elites=2, iterations=1, horizon=1, execute=1)
+    bound, given = torch.full((1,), 9.0), torch.tensor([0.0, 3.0, 8.0, 5.0])[:, None, None]
+    found = cem(lambda x: (x - 4).square().sum(dim=(1, 2)), planner, -bound, bound,
+                torch.Generator().manual_seed(0), first=given)
+    assert found == 4.0  # the mean of 3 and 5
+
+
+def test_recorded_plans_are_of_the_training_split(opened):
+    agent = Agent(*opened, Planner(**SMALL, initial='recorded'))
+    recorded = {clip.numpy().tobytes() for clip in agent.recorded.batch(range(len(agent.recorded)))[1]}
+    plans = agent.first_plans(torch.Generator().manual_seed(0))
+    assert plans.shape[0] == SMALL['candidates']
+    assert all(plan.numpy().tobytes() in recorded for plan in plans)
+
+
 def test_a_perfect_model_reaches_the_goal(opened):
     planner = Planner(candidates=32, elites=4, iterations=5)
     agent, world = Agent(*opened, planner), make_world('wall')
