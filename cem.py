@@ -114,8 +114,9 @@ class Agent:
 
     def recorded_plans(self, count, generator):
         """Action sequences [count,horizon,interval*A] out of the training split, standardised."""
-        draws = torch.randint(len(self.recorded), (count,), generator=generator)
-        return self.recorded.batch(draws.numpy())[1]
+        recorded = Clips(self.recorded.root, 'train', self.planner.horizon, self.interval, normalize=True)
+        draws = torch.randint(len(recorded), (count,), generator=generator)
+        return recorded.batch(draws.numpy())[1]
 
     def first_plans(self, generator):
         """What cem tries first, or None for noise."""
@@ -131,7 +132,7 @@ class Agent:
         x = to_model(torch.from_numpy(frames), self.device)
         return self.vae.encode(x) if self.vae else x
 
-    def dream(self, frame, generator):
+    def dream_from(self, frame, generator):
         """A function: raw actions [N,horizon,interval,A] -> the frames [N,horizon,C,h,w] they lead to.
 
         Candidates share the frame they start from, which is run once for all of them, and the noise:
@@ -154,7 +155,7 @@ class Agent:
 
         return imagine
 
-    def simulate(self, world):
+    def simulate_from(self, world):
         """The same function by the true simulator: the ceiling."""
         state = world.get_state()
 
@@ -171,7 +172,7 @@ class Agent:
 
         return imagine
 
-    def cost(self, imagine, goal):
+    def cost_of(self, imagine, goal):
         """A function for cem: how far from the goal's frame standardised actions lead, [N]."""
         embed = OBJECTIVES[self.planner.objective]
         target = embed(self.encode(goal[None]), self.model)

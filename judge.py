@@ -55,7 +55,7 @@ class CostModel(nn.Module):
         costs = []
         for i, some in enumerate(actions):
             now = {key: info[key][i, 0, 0] for key in self.columns}
-            costs.append(self.cost(now)(some))
+            costs.append(self.cost_from(now)(some))
         if self.progress:
             self.progress()
         return torch.stack(costs).to(candidates.device)
@@ -71,11 +71,11 @@ class CostModel(nn.Module):
             recorded = agent.first_plans(torch.Generator().manual_seed(0))
             for i in range(len(plans)):
                 now = {key: info[key][i, 0] for key in self.columns}
-                best = self.cost(now)(recorded).topk(agent.planner.elites, largest=False).indices
+                best = self.cost_from(now)(recorded).topk(agent.planner.elites, largest=False).indices
                 plans[i] = recorded[best].mean(dim=0)
         return plans
 
-    def cost(self, now):
+    def cost_from(self, now):
         """A function: standardised actions [N,horizon,interval*A] -> [N].
 
         now: 'pixels' and 'goal' uint8 [H,W,3], and the simulator's state.
@@ -84,10 +84,10 @@ class CostModel(nn.Module):
         frame, goal = (now[key].permute(2, 0, 1).cpu().numpy() for key in ('pixels', 'goal'))
         if self.method == 'simulator':
             self.world.set_their_state(now[self.world.state_column].cpu().numpy())
-            imagine = agent.simulate(self.world)
+            imagine = agent.simulate_from(self.world)
         else:
-            imagine = agent.dream(frame, torch.Generator().manual_seed(0))
-        cost = agent.cost(imagine, goal)
+            imagine = agent.dream_from(frame, torch.Generator().manual_seed(0))
+        cost = agent.cost_of(imagine, goal)
         if self.method == 'wrong':
             return lambda actions: cost(actions.roll(1, dims=0))
         return cost

@@ -27,7 +27,7 @@ from tqdm import tqdm
 import envs
 import run
 from cem import OBJECTIVES, Agent, cem
-from configurator import UserError, check_choice, checked, configure, read_settings
+from configurator import UserError, check_choice, configure, read_settings
 from machine import (
     RANK,
     WORLD_SIZE,
@@ -107,7 +107,7 @@ def plan_actions(model, diffusion, frame, goal, config, seed=0, **cem_options):
     """
     agent = Agent(model, diffusion, config, Planner(**cem_options))
     generator = torch.Generator().manual_seed(seed)
-    cost = agent.cost(agent.dream(frame, generator), goal)
+    cost = agent.cost_of(agent.dream_from(frame, generator), goal)
     first = agent.first_plans(generator)
     plan = cem(cost, agent.planner, agent.low, agent.high, generator, first=first)
     return agent.raw(plan).flatten(0, 1).numpy()
@@ -139,18 +139,16 @@ if __name__ == '__main__':
             score(agent, what, settings | {'out_dir': out_dir})
         sys.exit()
 
-    kinds = {f.name: f.type for f in fields(Planner)}
     rows = {METHODS['plan']: ('plan', {})}  # of the table: how, and what is changed of the planner
     if simulator:
         rows = {METHODS['simulator']: ('simulator', {})}
     elif vary:
-        rows = {label: ('plan', changed) for label, changed in arms(vary, kinds).items()}
+        every = read_settings(globals()) | read_settings(vars(run))
+        planners = {key: every[key] for key in options if key in every}
+        rows = {label: ('plan', changed) for label, changed in arms(vary, planners).items()}
     elif baselines:
         rows = {label: (method, {}) for method, label in METHODS.items()}
-    bounds = read_settings(globals()) | read_settings(vars(run))
-    for _, changed in rows.values():  # says now what is not possible
-        for key, value in changed.items():
-            checked(key, value, bounds, 'vary')
+    for _, changed in rows.values():  # says now what does not go together
         replace(planner, **changed)
 
     world = envs.make_world(what)
@@ -176,7 +174,7 @@ if __name__ == '__main__':
         with autocast(opened.device, opened.dtype):
             steps = act(partial(choose, method, agent), agent, world, episodes[i])
         seconds = time.perf_counter() - start
-        row = dict(reached=steps, distance=episodes[i].distance, seconds=seconds)
+        row = dict(steps=steps, distance=episodes[i].distance, seconds=seconds)
         write_whole(paths[label, i], json.dumps(row))
         reached[label] += steps is not None
         bar.set_postfix_str(f'{reached[label]} reached')

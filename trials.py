@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from cem import cem
-from configurator import UserError
+from configurator import UserError, checked, parse
 from evaluate import markdown
 from pictures import side_by_side, to_pixels
 
@@ -117,10 +117,10 @@ def choose(method, agent, world, episode, generator, mean=None):
     """
     planner = agent.planner
     # for every method: its noise is drawn first, so that all try the same candidates
-    imagine = agent.dream(world.render(agent.size[0]), generator)
+    imagine = agent.dream_from(world.render(agent.size[0]), generator)
     if method == 'simulator':
-        imagine = agent.simulate(world)
-    cost = agent.cost(imagine, episode.picture)
+        imagine = agent.simulate_from(world)
+    cost = agent.cost_of(imagine, episode.picture)
 
     def cost_of_another(actions):
         return cost(actions.roll(1, dims=0))
@@ -140,20 +140,20 @@ def choose(method, agent, world, episode, generator, mean=None):
     return plan, imagine
 
 
-def arms(vary, kinds):
+def arms(vary, settings):
     """{label: {option of the planner: value}}: two for 'candidates=32,128 iterations=16,4'.
 
-    kinds: {option: its type}. Raises UserError.
+    settings: {option: configurator.Setting}. Raises UserError.
     """
     columns = {}
     for column in vary.split():
         key, _, values = column.partition('=')
-        if kinds.get(key) not in (int, float, str):
+        if key not in settings:
             raise UserError(f'vary={vary}: expected settings of the planner, like num_steps=1,2,4')
-        try:
-            columns[key] = [kinds[key](value) for value in values.split(',')]
-        except ValueError as e:
-            raise UserError(f'vary={vary}: {e}') from e
+        setting = settings[key]
+        columns[key] = []
+        for text in values.split(','):
+            columns[key].append(checked(key, parse(text, setting), settings, f'vary={vary}'))
     try:
         combinations = list(zip(*columns.values(), strict=True))
     except ValueError as e:
@@ -212,8 +212,8 @@ def percent(successes, count):
 
 
 def summarise(rows):
-    """One line of the table, of episodes {'reached': steps or None, 'seconds', 'distance'}."""
-    steps = [row['reached'] for row in rows if row['reached']]
+    """One line of the table, of episodes {'steps' to the goal or None, 'seconds', 'distance'}."""
+    steps = [row['steps'] for row in rows if row['steps']]
     return {
         'episodes': len(rows),
         'reached': len(steps),

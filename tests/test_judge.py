@@ -126,7 +126,7 @@ def test_what_it_plans_with_may_be_told_wrong_actions_or_be_the_simulator(agent)
     assert torch.allclose(costs['wrong'], costs['plan'].roll(1, dims=1), rtol=1e-4)
     for i in range(2):
         world.set_state(states[i])
-        truth = agent.cost(agent.simulate(world), pixels[2 + i].transpose(2, 0, 1))
+        truth = agent.cost_of(agent.simulate_from(world), pixels[2 + i].transpose(2, 0, 1))
         assert torch.equal(costs['simulator'][i], truth(candidates[i].clamp(agent.low, agent.high)))
 
 

@@ -43,7 +43,7 @@ def figures(folder):
         results = json.load(f)
     rows = {}
     for label, episodes in results['episodes'].items():
-        rows[label] = [(row['reached'], row['distance']) for row in episodes]
+        rows[label] = [(row['steps'], row['distance']) for row in episodes]
     return rows
 
 
@@ -119,9 +119,9 @@ def test_how_many_are_dreamed_at_once_does_not_matter(opened, frames):
     actions = torch.randn(8, 3, 2)
     for memory in (2.0, 1e-9):
         agent = Agent(*opened, Planner(**SMALL, memory=memory))
-        dream = agent.dream(frames[0], torch.Generator().manual_seed(0))
+        dream = agent.dream_from(frames[0], torch.Generator().manual_seed(0))
         with torch.no_grad():
-            costs.append(agent.cost(dream, frames[1])(actions))
+            costs.append(agent.cost_of(dream, frames[1])(actions))
     assert torch.allclose(*costs, rtol=1e-4)
 
 
@@ -137,7 +137,7 @@ def test_raw_actions_reach_the_model_as_it_was_trained(wall, tmp_path, frames):
         return torch.zeros(8, 4, 3, 16, 16)
     diffusion.sample = sample
     standardised = torch.randn(8, 3, 4)
-    agent.dream(frames[0], torch.Generator())(agent.raw(standardised))
+    agent.dream_from(frames[0], torch.Generator())(agent.raw(standardised))
     assert agent.raw(standardised).shape == (8, 3, 2, 2)
     assert torch.allclose(told[0][:, :3], standardised, atol=1e-5)  # by the same mean and std
     assert (told[0][:, 3] == 0).all()
@@ -162,7 +162,7 @@ def test_every_objective_is_zero_at_the_goal_only(opened, frames, objective):
     with torch.no_grad():
         for picture, reached in ((frames[1], True), (frames[0], False)):
             still = agent.encode(np.stack([picture] * 6)).unflatten(0, (2, 3))
-            cost = agent.cost(lambda actions, still=still: still, frames[1])
+            cost = agent.cost_of(lambda actions, still=still: still, frames[1])
             assert (cost(torch.zeros(2, 3, 2)) < 1e-10).all() == reached
 
 
@@ -236,9 +236,10 @@ def test_two_processes_equal_one(planned, tmp_path):
 
 def test_vary_makes_a_row_for_each_value(planned, tmp_path):
     options, *_ = planned
-    vary = 'num_steps=1,2 objective=blur,pixels'
+    vary = 'num_steps=1,2 horizon=3,2 execute=3,2 initial=noise,recorded'
     inline(*options, f'--out_dir={tmp_path}', f'--vary={vary}', '--num_films=0')
-    rows = ['num_steps=1, objective=blur', 'num_steps=2, objective=pixels']
+    rows = ['num_steps=1, horizon=3, execute=3, initial=noise',
+            'num_steps=2, horizon=2, execute=2, initial=recorded']
     assert list(figures(tmp_path)) == rows
 
 
@@ -252,9 +253,9 @@ def test_vary_makes_a_row_for_each_value(planned, tmp_path):
     ('--elites=9', 'elites=9: expected at most candidates=8'),
     ('--execute=4', 'execute=4: expected at most horizon=3'),
     ('--vary=seed=1', 'vary=seed=1: expected settings of the planner'),
-    ('--vary=num_steps=one', 'vary=num_steps=one: invalid literal'),
+    ('--vary=num_steps=one', "num_steps='one' is of the wrong type"),
     ('--vary=num_steps=1,2 horizon=3', 'expected as many values of each'),
-    ('--vary=elites=2,1', 'vary: elites=1: expected >= 2'),
+    ('--vary=elites=2,1', 'elites=1: expected >= 2'),
     ('--vary=execute=2,4', 'execute=4: expected at most horizon=3'),
 ])
 def test_a_mistake_ends_in_one_line(planned, option, said):
