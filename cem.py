@@ -53,20 +53,18 @@ OBJECTIVES = {'pixels': pixels, 'blur': blur, 'features': features}
 # -----------------------------------------------------------------------------
 # the planner
 
-def cem(cost, planner, low, high, generator, mean=None, first=None):
+def cem(cost, planner, low, high, generator, mean=None):
     """The cross-entropy method: actions [horizon,A] of low cost.
 
     cost: [N,horizon,A] -> [N]. low, high [A]: bounds of the actions. mean [horizon,A]: where to
-    begin, instead of zero. first [candidates,horizon,A]: what is tried first, instead of noise.
+    begin, instead of zero.
     """
     if mean is None:
         mean = torch.zeros(planner.horizon, len(low))
     std = torch.full_like(mean, planner.first_std)
-    for i in range(planner.iterations):
+    for _ in range(planner.iterations):
         noise = torch.randn(planner.candidates, *mean.shape, generator=generator)
         actions = mean + std * noise
-        if i == 0 and first is not None:
-            actions = first
         actions[0] = mean  # the plan so far stays a candidate
         actions = actions.clamp(low, high)
         best = cost(actions).topk(planner.elites, largest=False).indices
@@ -111,18 +109,6 @@ class Agent:
     def standardised(self, action):
         """Raw [A] -> standardised [interval*A], the same all along the interval."""
         return ((torch.from_numpy(action) - self.mean) / self.std).repeat(self.interval)
-
-    def recorded_plans(self, count, generator):
-        """Action sequences [count,horizon,interval*A] out of the training split, standardised."""
-        recorded = Clips(self.recorded.root, 'train', self.planner.horizon, self.interval, normalize=True)
-        draws = torch.randint(len(recorded), (count,), generator=generator)
-        return recorded.batch(draws.numpy())[1]
-
-    def first_plans(self, generator):
-        """What cem tries first, or None for noise."""
-        if self.planner.initial == 'noise':
-            return None
-        return self.recorded_plans(self.planner.candidates, generator)
 
     def encode(self, frames):
         """uint8 [N,3,H,W] -> frames [N,C,h,w] as the model dreams them."""

@@ -41,56 +41,28 @@ class CostModel(nn.Module):
         super().__init__()
         self.agent, self.model, self.world = agent, agent.model, world
         self.method, self.progress = method, progress
-        self.columns = ['pixels', 'goal']
-        if method == 'simulator':
-            self.columns.append(world.state_column)
 
     def get_cost(self, info, candidates):
         """[B,S] for standardised candidates [B,S,horizon,interval*A].
 
         info: 'pixels' and 'goal' uint8 [B,S,1,H,W,3], the same for all S, and the simulator's state.
         """
-        agent = self.agent
+        agent, costs = self.agent, []
         actions = candidates.cpu().clamp(agent.low, agent.high)  # the judge's planner knows no bounds
-        costs = []
+        if self.method == 'wrong':
+            actions = actions.roll(1, dims=1)
         for i, some in enumerate(actions):
-            now = {key: info[key][i, 0, 0] for key in self.columns}
-            costs.append(self.cost_from(now)(some))
+            pictures = torch.stack([info['pixels'][i, 0, 0], info['goal'][i, 0, 0]])
+            frame, goal = pictures.permute(0, 3, 1, 2).cpu().numpy()
+            if self.method == 'simulator':
+                self.world.set_their_state(info[self.world.state_column][i, 0, 0].cpu().numpy())
+                imagine = agent.simulate_from(self.world)
+            else:
+                imagine = agent.dream_from(frame, torch.Generator().manual_seed(0))
+            costs.append(agent.cost_of(imagine, goal)(some))
         if self.progress:
             self.progress()
         return torch.stack(costs).to(candidates.device)
-
-    def get_action(self, info, horizon=1, prefix_actions=None):
-        """Where its search begins, [B,horizon,interval*A]: at rest, or amid the best recorded plans.
-
-        info: as for get_cost, without S. prefix_actions: what is left of the last plan, if anything.
-        """
-        agent = self.agent
-        plans = torch.zeros(len(info['pixels']), horizon, len(agent.low))
-        if agent.planner.initial == 'recorded' and prefix_actions is None:
-            recorded = agent.first_plans(torch.Generator().manual_seed(0))
-            for i in range(len(plans)):
-                now = {key: info[key][i, 0] for key in self.columns}
-                best = self.cost_from(now)(recorded).topk(agent.planner.elites, largest=False).indices
-                plans[i] = recorded[best].mean(dim=0)
-        return plans
-
-    def cost_from(self, now):
-        """A function: standardised actions [N,horizon,interval*A] -> [N].
-
-        now: 'pixels' and 'goal' uint8 [H,W,3], and the simulator's state.
-        """
-        agent = self.agent
-        frame, goal = (now[key].permute(2, 0, 1).cpu().numpy() for key in ('pixels', 'goal'))
-        if self.method == 'simulator':
-            self.world.set_their_state(now[self.world.state_column].cpu().numpy())
-            imagine = agent.simulate_from(self.world)
-        else:
-            imagine = agent.dream_from(frame, torch.Generator().manual_seed(0))
-        cost = agent.cost_of(imagine, goal)
-        if self.method == 'wrong':
-            return lambda actions: cost(actions.roll(1, dims=0))
-        return cost
 
 
 class Scaler:

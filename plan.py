@@ -62,8 +62,7 @@ elites = 6  # the best of them, around which the next are drawn [>= 2]
 iterations = 5  # [>= 1]
 horizon = 5  # length of a plan [>= 1]
 execute = 5  # how much of it is acted out before planning anew [>= 1]
-initial = 'noise'  # the first candidates: noise, or recorded (action sequences of the data)
-first_std = 1.0  # of that noise, in standard deviations of the data's actions [> 0]
+first_std = 1.0  # of the first candidates, in standard deviations of the data's actions [> 0]
 min_std = 1e-3  # candidates never get closer to each other [>= 0]
 objective = 'blur'  # what makes a dream close to the goal: pixels, blur or features
 look_at = 'last'  # frame of the dream, or all of them
@@ -79,7 +78,6 @@ class Planner:
     iterations: int = iterations
     horizon: int = horizon
     execute: int = execute
-    initial: str = initial
     first_std: float = first_std
     min_std: float = min_std
     objective: str = objective
@@ -91,7 +89,6 @@ class Planner:
     def __post_init__(self):
         check_choice('objective', self.objective, OBJECTIVES)
         check_choice('look_at', self.look_at, ('last', 'all'))
-        check_choice('initial', self.initial, ('noise', 'recorded'))
         if self.elites > self.candidates:
             raise UserError(f'elites={self.elites}: expected at most candidates={self.candidates}')
         if self.execute > self.horizon:
@@ -108,8 +105,7 @@ def plan_actions(model, diffusion, frame, goal, config, seed=0, **cem_options):
     agent = Agent(model, diffusion, config, Planner(**cem_options))
     generator = torch.Generator().manual_seed(seed)
     cost = agent.cost_of(agent.dream_from(frame, generator), goal)
-    first = agent.first_plans(generator)
-    plan = cem(cost, agent.planner, agent.low, agent.high, generator, first=first)
+    plan = cem(cost, agent.planner, agent.low, agent.high, generator)
     return agent.raw(plan).flatten(0, 1).numpy()
 
 

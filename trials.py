@@ -131,12 +131,14 @@ def choose(method, agent, world, episode, generator, mean=None):
         plan = torch.randn(planner.horizon, len(agent.low), generator=generator)
         plan = plan.clamp(agent.low, agent.high)
     elif method == 'recorded':  # as many as cem would try
-        candidates = agent.recorded_plans(planner.candidates * planner.iterations, generator)
+        count = planner.candidates * planner.iterations
+        draws = torch.randint(len(agent.recorded), (count,), generator=generator)
+        _, candidates = agent.recorded.batch(draws.numpy())
         plan = candidates[cost(candidates).argmin()]
+    elif method == 'wrong':
+        plan = cem(cost_of_another, planner, agent.low, agent.high, generator, mean)
     else:
-        searched = cost_of_another if method == 'wrong' else cost
-        first = agent.first_plans(generator)
-        plan = cem(searched, planner, agent.low, agent.high, generator, mean, first)
+        plan = cem(cost, planner, agent.low, agent.high, generator, mean)
     return plan, imagine
 
 

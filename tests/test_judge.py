@@ -130,21 +130,6 @@ def test_what_it_plans_with_may_be_told_wrong_actions_or_be_the_simulator(agent)
         assert torch.equal(costs['simulator'][i], truth(candidates[i].clamp(agent.low, agent.high)))
 
 
-def test_its_search_begins_at_rest_or_amid_the_best_recorded_plans(agent, trained):
-    frames = torch.from_numpy(np.moveaxis(agent.recorded.frames[[0, 30]], 1, -1))
-    info = {'pixels': frames[:1, None], 'goal': frames[1:, None]}
-    assert (judge.CostModel(agent).get_action(info, horizon=3) == torch.zeros(1, 3, 2)).all()
-    agent = Agent(*load_run(trained, 'cpu'), Planner(**SMALL, initial='recorded'))
-    model = judge.CostModel(agent)
-    with torch.no_grad():
-        begun = model.get_action(info, horizon=3)
-        recorded = agent.first_plans(torch.Generator().manual_seed(0))
-        every = {key: value[:, None].expand(-1, len(recorded), -1, -1, -1, -1)
-                 for key, value in info.items()}
-        best = model.get_cost(every, recorded[None])[0].topk(2, largest=False).indices
-    assert torch.allclose(begun[0], recorded[best].mean(dim=0))
-
-
 def test_actions_are_scaled_as_those_of_our_own_planner(agent):
     scaler, standardised = judge.Scaler(agent), torch.randn(5, 2)
     raw = scaler.inverse_transform(standardised.numpy())

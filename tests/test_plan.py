@@ -68,22 +68,6 @@ def test_cem_stays_in_range_where_the_optimum_does_not():
     assert torch.allclose(found, high.expand(3, 2), atol=0.1)
 
 
-def test_cem_may_begin_with_given_candidates():
-    planner = Planner(candidates=4, elites=2, iterations=1, horizon=1, execute=1)
-    bound, given = torch.full((1,), 9.0), torch.tensor([0.0, 3.0, 8.0, 5.0])[:, None, None]
-    found = cem(lambda x: (x - 4).square().sum(dim=(1, 2)), planner, -bound, bound,
-                torch.Generator().manual_seed(0), first=given)
-    assert found == 4.0  # the mean of 3 and 5
-
-
-def test_recorded_plans_are_of_the_training_split(opened):
-    agent = Agent(*opened, Planner(**SMALL, initial='recorded'))
-    recorded = {clip.numpy().tobytes() for clip in agent.recorded.batch(range(len(agent.recorded)))[1]}
-    plans = agent.first_plans(torch.Generator().manual_seed(0))
-    assert plans.shape[0] == SMALL['candidates']
-    assert all(plan.numpy().tobytes() in recorded for plan in plans)
-
-
 def test_a_perfect_model_reaches_the_goal(opened):
     planner = Planner(candidates=32, elites=4, iterations=5)
     agent, world = Agent(*opened, planner), make_world('wall')
@@ -236,10 +220,9 @@ def test_two_processes_equal_one(planned, tmp_path):
 
 def test_vary_makes_a_row_for_each_value(planned, tmp_path):
     options, *_ = planned
-    vary = 'num_steps=1,2 horizon=3,2 execute=3,2 initial=noise,recorded'
+    vary = 'num_steps=1,2 objective=blur,pixels'
     inline(*options, f'--out_dir={tmp_path}', f'--vary={vary}', '--num_films=0')
-    rows = ['num_steps=1, horizon=3, execute=3, initial=noise',
-            'num_steps=2, horizon=2, execute=2, initial=recorded']
+    rows = ['num_steps=1, objective=blur', 'num_steps=2, objective=pixels']
     assert list(figures(tmp_path)) == rows
 
 
