@@ -17,6 +17,7 @@ against.
 import ast
 import difflib
 import importlib
+import math
 import os
 import re
 import runpy
@@ -29,7 +30,7 @@ from tqdm import tqdm
 
 BLOCK = re.compile(r'# settings -+\n(.*?)\n *# -{20,}', re.DOTALL)
 BOUND = r'\[((?:>=? |\S+ to )\S+)\]'
-LARGEST = 1e15  # of the numbers: greater integers are no longer exact as floats
+LARGEST = 10 ** 15  # of the integers: greater ones are no longer exact as floats
 SETTING = re.compile(rf' *(\w+)(?:: (\w+(?: \| \w+)?))? = (.+?)(?:  # (.*?(?:{BOUND})?))?')
 
 
@@ -151,8 +152,10 @@ def checked(key, value, settings, source):
     setting = settings[key]
     if value is None and setting.default is None:
         return None
-    if type(value) in (int, float) and not abs(value) <= LARGEST:
-        raise UserError(f'{source}: {key}={value!r}: expected a finite number, {LARGEST:g} at most')
+    if type(value) is float and not math.isfinite(value):
+        raise UserError(f'{source}: {key}={value!r}: expected a finite number')
+    if type(value) is int and abs(value) > LARGEST:
+        raise UserError(f'{source}: {key}={value!r}: expected at most {LARGEST:g}')
     if setting.type == 'float' and type(value) is int:
         value = float(value)
     if type(value).__name__ not in setting.type.split(' | '):

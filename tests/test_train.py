@@ -119,7 +119,7 @@ def test_all_that_can_be_switched_trains(wall, tmp_path):
     ('--gradient_clip_norm=-0.1', 'gradient_clip_norm=-0.1: expected >= 0'),
     ('--ema_decay=nan', "expected float"),
     ('--timestep_std=1e999', 'timestep_std=inf: expected a finite number'),
-    ('--learning_rate=1' + 400 * '0', 'expected a finite number, 1e+15 at most'),
+    ('--learning_rate=1' + 400 * '0', 'expected at most 1e+15'),
     ('--seed=-1', 'seed=-1: expected 0 to 1e12'),
     ('--seed={[]}', "seed='{[]}' is of the wrong type"),
     ('--sample_steps=20000', 'sample_steps=20000: expected 1 to 1000'),
