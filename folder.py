@@ -68,11 +68,8 @@ def latest_of(out_dir):
 
     A kill before the second of two writes leaves a numbered one and no latest.
     """
-    latest = os.path.join(out_dir, 'latest.safetensors')
-    if os.path.exists(latest):
-        return latest
-    name = choose(glob.glob('step_*.safetensors', root_dir=out_dir))
-    return os.path.join(out_dir, name) if name else ''
+    paths = glob.glob(f'{glob.escape(out_dir)}/latest.safetensors')
+    return choose(paths + glob.glob(f'{glob.escape(out_dir)}/step_*.safetensors'))
 
 
 def starting_point(out_dir, resume, now):
