@@ -146,7 +146,7 @@ if __name__ == '__main__':
     clips = Clips(dataset, 'train', num_frames, frame_interval)
     frame_shape, A = clips.frames.shape[1:], clips.action_dim
     model = without_zeros(build_model(settings, frame_shape, A)).to(device)
-    net = compiled(model, device) if compile else model
+    net = compiled(model, device, compile)
     diffusion = Diffusion(pred_name).to(device)
 
     if mode in ('train', 'all'):
@@ -202,7 +202,7 @@ if __name__ == '__main__':
 
         window = settings | {'num_frames': 6}
         model = without_zeros(build_model(window, frame_shape, A)).to(device)
-        net = compiled(model, device) if compile else model
+        net = compiled(model, device, compile)
         context = torch.randn(1, 1, *frame_shape, device=device)
         action = torch.randn(cem_rollouts, 6, A, device=device)
         compare('cem', net, context, action, cem_steps)

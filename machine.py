@@ -182,9 +182,11 @@ def shard(model, device):
         register_fsdp_forward_method(block, 'remember')
 
 
-def compiled(model, device):
-    """torch.compile, without AVX-512 on a CPU: there torch 2.13 turns bf16 gradients of 64 patches
-    a frame to NaN."""
+def compiled(model, device, wanted):
+    """torch.compile if wanted, without AVX-512 on a CPU: there torch 2.13 turns bf16 gradients of 64
+    patches a frame to NaN."""
+    if not wanted:
+        return model
     if device == 'cpu':
         torch._inductor.config.cpp.simdlen = 256
     return torch.compile(model)

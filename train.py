@@ -196,7 +196,7 @@ if start:
     if meta['scaler']:  # it was fp16
         scaler.load_state_dict(meta['scaler'])
     step = meta['step']
-net = machine.distributed(machine.compiled(model, device) if compile else model, device)
+net = machine.distributed(machine.compiled(model, device, compile), device)
 logger = Logger(out_dir, config, step, wandb_project if wandb else '')
 interrupt = machine.Interrupt(step)
 
