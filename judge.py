@@ -25,6 +25,7 @@ import envs
 from configurator import UserError
 from data import Clips
 from evaluate import markdown
+from machine import write_whole
 from trials import METHODS, percent
 
 GOAL_OFFSET, BUDGET = 25, 50  # simulator steps
@@ -187,10 +188,9 @@ def score(agent, what, settings):
         results[label] = {'reached': reached, 'seconds': seconds}
 
     text = markdown(rows)
-    with open(os.path.join(settings['out_dir'], 'judge.md'), 'w') as f:
-        f.write(text + '\n')
-    with open(os.path.join(settings['out_dir'], 'judge.json'), 'w') as f:
-        json.dump({'settings': settings, 'results': results}, f)
+    write_whole(os.path.join(settings['out_dir'], 'judge.md'), text + '\n')
+    write_whole(os.path.join(settings['out_dir'], 'judge.json'),
+                json.dumps({'settings': settings, 'results': results}))
     print(text)
     planner = agent.planner
     print(f'{planner.candidates} candidates x {planner.iterations} iterations a plan; '
