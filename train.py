@@ -34,6 +34,7 @@ from logger import Logger
 from machine import RANK, WORLD_SIZE
 from metrics import NETWORKS, load_networks
 from model import build_model
+from muon import Muon
 from pictures import contact_sheet, to_pixels, write_picture
 from random_data import random_dataset
 from run import locate
@@ -185,9 +186,8 @@ if muon:
     others = [p for p in weights if p not in chosen]
 fused = not device.startswith('mps')  # which has no fused AdamW
 optimizers = [torch.optim.AdamW(others, learning_rate, weight_decay=weight_decay, fused=fused)]
-if muon:  # Jordan et al. 2024: orthogonal updates, scaled so that AdamW's learning rate suits them
-    optimizers.append(torch.optim.Muon(matrices, learning_rate, weight_decay,
-                                       adjust_lr_fn='match_rms_adamw'))
+if muon:
+    optimizers.append(Muon(matrices, learning_rate, weight_decay))
 scaler = torch.amp.GradScaler(torch.device(device).type, enabled=dtype == 'fp16')
 latest = os.path.join(out_dir, 'latest.safetensors')
 step = 0  # steps done so far
