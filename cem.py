@@ -16,18 +16,32 @@ from machine import under_results
 # -----------------------------------------------------------------------------
 # how far a dream ends from the goal: the squared distance between the two, embedded by one of these
 
-def pixels(frames, model):
+def pixels(frames, agent):
     """As they are: flat as long as an object and the place it should be at do not overlap."""
     return frames
 
 
-def blur(frames, model):
+def blur(frames, agent):
     """Blurred, so that objects feel each other from afar: a lot to find the way, a little to aim."""
     copies = []
-    for share in (1 / 32, 3 / 32, 6 / 32):  # the Gaussian's standard deviation, of the picture's side
-        down, across = (gaussian(side, share, frames.device) for side in frames.shape[-2:])
-        copies.append(down @ frames @ across.T)
+    with all_digits(frames):
+        for share in (1 / 32, 3 / 32, 6 / 32):  # standard deviation, of the picture's side
+            down, across = (gaussian(side, share, frames.device) for side in frames.shape[-2:])
+            copies.append(down @ frames @ across.T)
     return torch.cat(copies, dim=1)
+
+
+def whitened(frames, agent):
+    """Blurred, in colours of which each varies as much as the next (Agent.whitening): so what is small,
+    but of a colour of its own, counts as much as what is large."""
+    with all_digits(frames):
+        frames = torch.einsum('ij,njhw->nihw', agent.whitening, frames)
+    return blur(frames, agent)
+
+
+def all_digits(frames):
+    """No autocast: the two or three digits of bf16 are too few to tell a near miss from a hit."""
+    return torch.autocast(frames.device.type, enabled=False)
 
 
 def gaussian(side, share, device):
@@ -37,9 +51,18 @@ def gaussian(side, share, device):
     return weight / weight.sum(dim=1, keepdim=True)
 
 
-def features(frames, model):
+def whitening(frames):
+    """The matrix [C,C] to multiply channels with, so that over frames [N,C,H,W] they vary equally and
+    apart from each other. What hardly varies, which is mostly noise, stays less."""
+    channels = frames.transpose(0, 1).flatten(1)
+    variance, directions = torch.linalg.eigh(torch.cov(channels))
+    variance = variance.clamp(min=0.01 * variance.max())
+    return (directions / variance.sqrt()).T
+
+
+def features(frames, agent):
     """What the model's middle block makes of each frame, shown as almost clean."""
-    kept = []
+    model, kept = agent.model, []
     block = model.blocks[len(model.blocks) // 2]
     hook = block.register_forward_hook(lambda block, inputs, output: kept.append(output))
     model(frames[:, None], torch.full((1, 1), 20, device=frames.device))  # as noisy as a rollout's past
@@ -47,7 +70,7 @@ def features(frames, model):
     return kept[0].float()
 
 
-OBJECTIVES = {'pixels': pixels, 'blur': blur, 'features': features}
+OBJECTIVES = {'pixels': pixels, 'blur': blur, 'whitened': whitened, 'features': features}
 
 
 # -----------------------------------------------------------------------------
@@ -101,6 +124,9 @@ class Agent:
         actions = self.recorded.actions
         self.low = self.standardised(actions.min(axis=0))
         self.high = self.standardised(actions.max(axis=0))
+        frames = self.recorded.frames
+        spread = np.linspace(0, len(frames) - 1, 256).astype(int)
+        self.whitening = whitening(to_model(torch.from_numpy(frames[spread]), self.device))
 
     def raw(self, actions):
         """Standardised [...,interval*A] -> raw [...,interval,A]."""
@@ -161,7 +187,7 @@ class Agent:
     def cost_of(self, imagine, goal):
         """A function for cem: how far from the goal's frame standardised actions lead, [N]."""
         embed = OBJECTIVES[self.planner.objective]
-        target = embed(self.encode(goal[None]), self.model)
+        target = embed(self.encode(goal[None]), self)
         first = -1 if self.planner.look_at == 'last' else 0
         chunk = self.dreams_at_once()
 
@@ -169,7 +195,7 @@ class Agent:
             costs = []
             for some in actions.split(chunk):
                 frames = imagine(self.raw(some))[:, first:]
-                errors = (embed(frames.flatten(0, 1), self.model) - target).square()
+                errors = (embed(frames.flatten(0, 1), self) - target).square()
                 costs.append(errors.reshape(len(some), -1).mean(dim=1).cpu())
             return torch.cat(costs)
 

@@ -94,7 +94,7 @@ def by_patch(x):
     """x [B,F,P,D] of frames -> [B,P,F,D] of patch positions, as attention in time wants it.
 
     Copied, because a Linear that needs no gradient multiplies each row of a view by a copy of its
-    weight: three quarters of a dream's time on a CPU.
+    weight: two thirds of a dream's time on a CPU.
     """
     return x.transpose(1, 2).contiguous()
 

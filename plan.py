@@ -64,7 +64,7 @@ horizon = 5  # length of a plan [>= 1]
 execute = 5  # how much of it is acted out before planning anew [>= 1]
 first_std = 1.0  # of the first candidates, in standard deviations of the data's actions [> 0]
 min_std = 1e-3  # candidates never get closer to each other [>= 0]
-objective = 'blur'  # what makes a dream close to the goal: pixels, blur or features
+objective = 'blur'  # what makes a dream close to the goal: pixels, blur, whitened or features
 look_at = 'last'  # frame of the dream, or all of them
 memory = 2.0  # GB that dreams may take; fewer are dreamed at once if need be [> 0]
 # ------------------------------------------------------------------------------

@@ -3,6 +3,7 @@ import json
 import os
 import shutil
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,9 +11,10 @@ import torch
 from conftest import TRAIN, error, inline, run
 
 import trials
-from cem import OBJECTIVES, Agent, cem
+from cem import OBJECTIVES, Agent, cem, whitening
 from configurator import UserError
 from envs import make_world
+from machine import autocast
 from plan import Planner, plan_actions
 from run import load_run
 from trials import METHODS, act, choose, draw_episodes, wilson
@@ -140,6 +142,26 @@ def test_blurred_pictures_feel_a_distance_that_pixels_do_not(opened):
     assert ratio['pixels'] < 1.01 < 1.1 < ratio['blur']
 
 
+def test_whitened_colours_vary_equally_and_apart_from_each_other():
+    mixed = torch.randn(50, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    mixed[:, 1] = 0.3 * mixed[:, 1] + mixed[:, 0]
+    white = torch.einsum('ij,njhw->nihw', whitening(mixed), mixed)
+    assert torch.allclose(torch.cov(white.transpose(0, 1).flatten(1)), torch.eye(3), atol=1e-4)
+
+
+def test_a_colour_that_hardly_varies_is_not_blown_up():
+    grey = torch.randn(50, 1, 8, 8).expand(-1, 3, -1, -1)
+    assert torch.linalg.matrix_norm(whitening(grey), 2) < 11 / grey.std()
+
+
+@pytest.mark.parametrize('objective', ['blur', 'whitened'])
+def test_pictures_are_compared_with_all_digits_whatever_dreams(objective):
+    frames, agent = torch.rand(2, 3, 16, 16), SimpleNamespace(whitening=torch.rand(3, 3))
+    expected = OBJECTIVES[objective](frames, agent)
+    with autocast('cpu', 'bf16'):
+        assert torch.equal(OBJECTIVES[objective](frames, agent), expected)
+
+
 @pytest.mark.parametrize('objective', OBJECTIVES)
 def test_every_objective_is_zero_at_the_goal_only(opened, frames, objective):
     agent = Agent(*opened, Planner(**SMALL, objective=objective, look_at='all'))
@@ -231,7 +253,7 @@ def test_vary_makes_a_row_for_each_value(planned, tmp_path):
 
 @pytest.mark.parametrize('option, said', [
     ('--goals=some', "goals='some': expected one of recorded, random"),
-    ('--objective=lpips', "objective='lpips': expected one of pixels, blur, features"),
+    ('--objective=lpips', "objective='lpips': expected one of pixels, blur, whitened, features"),
     ('--look_at=first', "look_at='first': expected one of last, all"),
     ('--elites=9', 'elites=9: expected at most candidates=8'),
     ('--execute=4', 'execute=4: expected at most horizon=3'),
