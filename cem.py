@@ -62,7 +62,7 @@ def whitening(frames):
 
 def features(frames, agent):
     """What the model's middle block makes of each frame, shown as almost clean."""
-    model, kept = agent.model, []
+    model, kept = getattr(agent.model, '_orig_mod', agent.model), []  # a compiled one calls no hooks
     block = model.blocks[len(model.blocks) // 2]
     hook = block.register_forward_hook(lambda block, inputs, output: kept.append(output))
     model(frames[:, None], torch.full((1, 1), 20, device=frames.device))  # as noisy as a rollout's past

@@ -18,7 +18,7 @@ from configurator import UserError
 from controls import checked
 from data import Clips
 from diffusion import Diffusion
-from machine import cast_weights, pick_device, pick_dtype, under_results
+from machine import cast_weights, compiled, pick_device, pick_dtype, under_results
 from vae import load_vae
 
 # settings ---------------------------------------------------------------------
@@ -37,6 +37,7 @@ cache = True  # remember finished frames; False runs the whole window at every s
 vae = ''  # decodes latents: folder or file; '' is $VAE_MODEL_PATH or pretrained/sd-vae-ft-mse
 device = ''  # cpu, cuda, mps; '' is the best there is
 dtype = ''  # fp32, bf16 or fp16 autocast; '' is bf16 on CUDA, else fp32
+compile = False  # torch.compile the model: a few minutes first, and faster from then on
 # what only a checkpoint that train.py did not write has to be told
 pred_name: str = None  # epsilon, x, v or flow
 frame_interval: int = None  # [>= 1]
@@ -84,7 +85,7 @@ def open_run(settings):
     cast_weights(model, dtype)
     return OpenedRun(
         ckpt=ckpt,
-        model=model,
+        model=compiled(model, device, settings['compile']),
         diffusion=diffusion,
         config=config,
         vae=load_decoder(model, settings['vae']),

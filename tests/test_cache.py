@@ -148,3 +148,11 @@ def test_no_linear_layer_is_given_a_view_of_patches(monkeypatch, injection):
     with torch.no_grad():
         roll(tiny(injection=injection), Diffusion('x'), cache=True, num_frames=6)
     assert all(seen)
+
+
+def test_a_compiled_model_dreams_the_same():
+    model, d = tiny(), Diffusion('x')
+    compiled = torch.compile(model, backend='eager')  # traced, but not translated to C++: that takes minutes
+    with torch.no_grad():
+        dreams = [roll(m, d, cache=True, num_frames=6) for m in (model, compiled)]
+    assert torch.allclose(*dreams, atol=1e-5)

@@ -172,6 +172,15 @@ def test_every_objective_is_zero_at_the_goal_only(opened, frames, objective):
             assert (cost(torch.zeros(2, 3, 2)) < 1e-10).all() == reached
 
 
+def test_features_are_those_of_the_model_whether_compiled_or_not(opened, frames):
+    model, *rest = opened
+    planner = Planner(**SMALL, objective='features')
+    with torch.no_grad():
+        embedded = [OBJECTIVES['features'](agent.encode(frames[0][None]), agent)
+                    for agent in (Agent(m, *rest, planner) for m in (model, torch.compile(model, backend='eager')))]
+    assert torch.equal(*embedded)
+
+
 # -----------------------------------------------------------------------------
 # trials
 
