@@ -4,6 +4,8 @@ From the frame that is there, dream where many candidate action sequences lead; 
 near the goal; draw new candidates around those, and again (Rubinstein 1999). `cem` is the method,
 Agent has the dreams and what they cost. Options are plan.py's Planner.
 """
+from functools import cached_property
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -24,7 +26,7 @@ def pixels(frames, agent):
 def blur(frames, agent):
     """Blurred, so that objects feel each other from afar: a lot to find the way, a little to aim."""
     copies = []
-    with all_digits(frames):
+    with no_autocast(frames):
         for share in (1 / 32, 3 / 32, 6 / 32):  # standard deviation, of the picture's side
             down, across = (gaussian(side, share, frames.device) for side in frames.shape[-2:])
             copies.append(down @ frames @ across.T)
@@ -32,15 +34,15 @@ def blur(frames, agent):
 
 
 def whitened(frames, agent):
-    """Blurred, in colours of which each varies as much as the next (Agent.whitening): so what is small,
-    but of a colour of its own, counts as much as what is large."""
-    with all_digits(frames):
+    """Blurred, with the colours mixed anew so that each varies as much as any other over the dataset:
+    what is small but has a colour of its own then counts as much as what is large."""
+    with no_autocast(frames):
         frames = torch.einsum('ij,njhw->nihw', agent.whitening, frames)
     return blur(frames, agent)
 
 
-def all_digits(frames):
-    """No autocast: the two or three digits of bf16 are too few to tell a near miss from a hit."""
+def no_autocast(frames):
+    """bf16 has two or three digits: too few to tell a near miss from a hit."""
     return torch.autocast(frames.device.type, enabled=False)
 
 
@@ -52,17 +54,19 @@ def gaussian(side, share, device):
 
 
 def whitening(frames):
-    """The matrix [C,C] to multiply channels with, so that over frames [N,C,H,W] they vary equally and
-    apart from each other. What hardly varies, which is mostly noise, stays less."""
-    channels = frames.transpose(0, 1).flatten(1)
-    variance, directions = torch.linalg.eigh(torch.cov(channels))
+    """The matrix [C,C] that mixes channels so that over frames [N,C,H,W] they are uncorrelated and of
+    variance 1. What has less than a hundredth of the largest variance is mostly noise, and stays less.
+    """
+    with no_autocast(frames):
+        variance, directions = torch.linalg.eigh(torch.cov(frames.transpose(0, 1).flatten(1)))
     variance = variance.clamp(min=0.01 * variance.max())
     return (directions / variance.sqrt()).T
 
 
 def features(frames, agent):
     """What the model's middle block makes of each frame, shown as almost clean."""
-    model, kept = getattr(agent.model, '_orig_mod', agent.model), []  # a compiled one calls no hooks
+    model = getattr(agent.model, '_orig_mod', agent.model)  # compiled, it would not notice a new hook
+    kept = []
     block = model.blocks[len(model.blocks) // 2]
     hook = block.register_forward_hook(lambda block, inputs, output: kept.append(output))
     model(frames[:, None], torch.full((1, 1), 20, device=frames.device))  # as noisy as a rollout's past
@@ -124,9 +128,13 @@ class Agent:
         actions = self.recorded.actions
         self.low = self.standardised(actions.min(axis=0))
         self.high = self.standardised(actions.max(axis=0))
-        frames = self.recorded.frames
-        spread = np.linspace(0, len(frames) - 1, 256).astype(int)
-        self.whitening = whitening(to_model(torch.from_numpy(frames[spread]), self.device))
+
+    @cached_property
+    def whitening(self):
+        """Of frames from all over the training split."""
+        rows = np.linspace(0, len(self.recorded.frames) - 1, 256).astype(int)
+        frames = to_model(torch.from_numpy(self.recorded.frames[rows]))
+        return whitening(frames).to(self.device)
 
     def raw(self, actions):
         """Standardised [...,interval*A] -> raw [...,interval,A]."""

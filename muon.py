@@ -1,9 +1,9 @@
 """Muon, the optimizer of the blocks' matrices (Jordan et al. 2024).
 
-A gradient's momentum is a matrix of a few strong directions and many weak ones. Muon steps as far
-along each: it replaces the singular values of the momentum by ones, and keeps the directions.
-torch.optim.Muon is the same, a matrix at a time; here all of one shape go through the iteration at
-once, which takes a third of the time on a CPU.
+A gradient's momentum is a matrix of a few strong directions and many weak ones. Muon takes a step of
+the same length along each: it replaces the momentum's singular values by ones. torch.optim.Muon does
+so for one matrix at a time; here all matrices of a shape go through the Newton-Schulz iteration
+together, which on a CPU takes a third of the time.
 """
 import math
 from collections import defaultdict
@@ -12,7 +12,8 @@ import torch
 
 from machine import DTYPES, fast_dtype
 
-# of a Newton-Schulz step: chosen to grow small singular values fast, not to end at exactly one
+NEWTON_SCHULZ_STEPS = 5
+# chosen to make small singular values grow fast, not to end at exactly one
 COEFFICIENTS = 3.4445, -4.7750, 2.0315
 
 
@@ -24,7 +25,7 @@ class Muon(torch.optim.Optimizer):
         super().__init__(matrices, dict(lr=lr, weight_decay=weight_decay, momentum=momentum))
 
     @torch.no_grad()
-    def step(self):
+    def step(self, closure=None):  # torch passes one, None, when it restores a run
         for group in self.param_groups:
             weights = [p for p in group['params'] if p.grad is not None]
             gradients = [p.grad for p in weights]
@@ -49,14 +50,14 @@ class Muon(torch.optim.Optimizer):
         return state['momentum_buffer']
 
 
-def orthogonal(x, steps=5):
+def orthogonal(x):
     """Matrices [N,rows,cols] with their singular values brought near one, most to between 0.7 and 1.2."""
     if x.shape[1] > x.shape[2]:  # the products are of the shorter side
-        return orthogonal(x.mT, steps).mT
+        return orthogonal(x.mT).mT
     x = x.to(DTYPES[fast_dtype()])
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)  # singular values of at most one
     a, b, c = COEFFICIENTS
-    for _ in range(steps):  # each singular value s becomes a s + b s^3 + c s^5
+    for _ in range(NEWTON_SCHULZ_STEPS):  # each singular value s becomes a s + b s^3 + c s^5
         xx = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(xx, xx, xx, beta=b, alpha=c), x, beta=a)
     return x

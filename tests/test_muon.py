@@ -22,7 +22,7 @@ def test_all_of_a_shape_at_once_are_what_torch_does_one_by_one():
     ours = weights_after(Muon)
     theirs = weights_after(torch.optim.Muon, adjust_lr_fn='match_rms_adamw')
     for a, b in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(a, b, rtol=0, atol=2e-3)  # of steps of 0.02: bf16 has three digits
+        torch.testing.assert_close(a, b, rtol=0, atol=5e-4)  # of steps of 0.002: bf16 has two or three digits
 
 
 def test_an_update_keeps_its_directions_and_takes_them_equally_far():
