@@ -93,8 +93,8 @@ class RMSNorm(nn.RMSNorm):
 def by_patch(x):
     """x [B,F,P,D] of frames -> [B,P,F,D] of patch positions, as attention in time wants it.
 
-    Copied: without gradients a Linear of a view is many small products, each with a copy of the weight
-    (two thirds of a dream's time on a CPU); of contiguous patches it is one.
+    Copied: without gradients a Linear of a view is many small products, in bf16 each with a copy of the
+    weight (two thirds of a dream's time on a CPU); of contiguous patches it is one.
     """
     return x.transpose(1, 2).contiguous()
 

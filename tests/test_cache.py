@@ -136,7 +136,7 @@ def test_an_unknown_solver_is_refused():
 
 @pytest.mark.parametrize('injection', INJECTIONS)
 def test_no_linear_layer_is_given_a_view_of_patches(monkeypatch, injection):
-    """Without gradients it would multiply every row by a copy of its weight, and take three times as long."""
+    """Without gradients it would multiply every row by a copy of its weight, and in bf16 take three times as long."""
     seen, linear = [], torch.nn.functional.linear
 
     def watched(x, *parameters):
