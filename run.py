@@ -37,7 +37,7 @@ cache = True  # remember finished frames; False runs the whole window at every s
 vae = ''  # decodes latents: folder or file; '' is $VAE_MODEL_PATH or pretrained/sd-vae-ft-mse
 device = ''  # cpu, cuda, mps; '' is the best there is
 dtype = ''  # fp32, bf16 or fp16 autocast; '' is bf16 on CUDA, else fp32
-compile = False  # torch.compile the model: minutes at first, for what then takes hours
+compile = False  # torch.compile the model: it takes minutes, so for long runs only
 # what only a checkpoint that train.py did not write has to be told
 pred_name: str = None  # epsilon, x, v or flow
 frame_interval: int = None  # [>= 1]
