@@ -75,28 +75,18 @@ TARGETS = {  # alpha * b - sigma * a must not be 0 where there is noise: x0 and 
 SCHEDULES = ('sequential', 'full_sequence', 'pyramid')
 
 
-def linear_grid(num_steps, num_timesteps=1000):
-    """Timesteps [num_steps + 1] from num_timesteps - 1 down to -1, evenly spaced."""
-    if num_steps < 1:
-        raise UserError(f'num_steps={num_steps}: expected 1 or more')
-    return torch.linspace(-1, num_timesteps - 1, num_steps + 1, dtype=torch.float64).long().flip(0)
-
-
-def schedule_matrix(schedule, num_frames, num_context, num_steps, grid=None):
+def schedule_matrix(schedule, num_frames, num_context, grid):
     """Timesteps [rows, num_frames]; each denoising step goes from one row to the next.
 
     full_sequence denoises all frames together, sequential one after the other, and in pyramid each
-    frame is one step behind the one before: with one context frame and two steps (999, 499, -1)
+    frame is one step behind the one before: with one context frame and the grid (999, 499, -1)
 
         -1  999  999        sequential has     -1  999  999
         -1  499  999                           -1  499  999
         -1   -1  499                           -1   -1  999
         -1   -1   -1                           -1   -1  499, and so on
-
-    grid: the timesteps of one frame; None is linear_grid's.
     """
-    if grid is None:
-        grid = linear_grid(num_steps)
+    num_steps = len(grid) - 1
     delay = {'full_sequence': 0, 'pyramid': 1, 'sequential': num_steps}[schedule]
     start = delay * torch.arange(num_frames - num_context)  # the row in which each frame begins
     steps_taken = torch.arange(num_steps + int(start[-1]) + 1)[:, None] - start
@@ -122,10 +112,19 @@ class Sampler:
         check_choice('schedule', self.schedule, SCHEDULES)
         check_choice('solver', self.solver, SOLVERS)
         check_choice('grid', self.grid, ('linear', 'logsnr'))
+        if self.num_steps < 1:
+            raise UserError(f'num_steps={self.num_steps}: expected 1 or more')
         if not 0 <= self.stabilization <= 1:
             raise UserError(f'stabilization={self.stabilization}: expected 0 to 1')
         if self.eta and self.solver != 'ddim':
             raise UserError(f'solver={self.solver!r}, eta={self.eta}: only ddim can add noise')
+
+    def kept(self, window):
+        """How many frames stay as context when a window of so many slides. Raises UserError."""
+        if not 0 <= self.history < window:
+            raise UserError(f'history={self.history}: expected less than the {window} frames '
+                            'that the model sees')
+        return self.history or window - 1
 
 
 # -----------------------------------------------------------------------------
@@ -251,7 +250,8 @@ class Diffusion(nn.Module):
         """A frame's way from noise to clean: integers [num_steps + 1] from T-1 down to -1."""
         if grid == 'logsnr':
             return log_snr_grid(self, num_steps)
-        return linear_grid(num_steps, self.num_timesteps)
+        even = torch.linspace(-1, self.num_timesteps - 1, num_steps + 1, dtype=torch.float64)
+        return even.long().unique().flip(0)  # there may be more steps than timesteps
 
     def ddim_step(self, x, t, s, out, previous=None, eta=0.0):
         """From timesteps t [B,F] to s: DDIM (Song et al. 2021), for flow Euler's step. Returns (x_s, x0).
@@ -282,21 +282,17 @@ class Diffusion(nn.Module):
 
             frames 0-3: c d d d     frames 1-4: c c c d     frames 2-5: c c c d     ...
 
-        A context of one row serves all rows of action (equal as far as they lead to it). action may
-        be None. noise, context_noise: like the output, drawn when not given (context_noise may cover
-        the context only). options: Sampler's. Returns [B,num_frames,C,H,W], the context untouched.
+        A context of one row serves all rows of action. action may be None. noise, context_noise:
+        like the output, drawn when not given (context_noise may cover the context only). options:
+        Sampler's. Returns [B,num_frames,C,H,W], the context untouched.
         """
         sampler = Sampler(num_steps, **options)
         batch = len(context) if action is None else max(len(context), len(action))
         known, window = context.shape[1], model.config.num_frames
-        history = sampler.history or window - 1
-        if not 1 <= history < window:
-            raise UserError(f'history={history}: expected 1 to {window - 1}, '
-                            f'as the model sees {window} frames')
-        shared = len(context) < batch
-        if shared and not (action[:, :known - 1] == action[:1, :known - 1]).all():
-            raise UserError('a context of one row is shared: the actions that lead to it, '
-                            'action[:, :K-1], must be too')
+        history = sampler.kept(window)
+        shared = len(context) < batch  # the past of all rows, unless other actions led to it
+        if shared:
+            shared = bool((action[:, :known - 1] == action[:1, :known - 1]).all())
 
         if noise is None:
             noise = torch.randn(batch, num_frames, *context.shape[2:], device=context.device)
@@ -343,8 +339,7 @@ class Diffusion(nn.Module):
         """
         K = levels.shape[1]
         grid = self.timesteps(sampler.num_steps, sampler.grid)
-        matrix = schedule_matrix(sampler.schedule, x.shape[1], K, sampler.num_steps, grid)
-        matrix = matrix.unique_consecutive(dim=0)  # there may be more steps than timesteps
+        matrix = schedule_matrix(sampler.schedule, x.shape[1], K, grid)
         rows = matrix.to(x.device)  # the other stays on the CPU, where reading it waits for nothing
         shown = rows.clone()
         shown[:, :K] = levels
@@ -353,7 +348,8 @@ class Diffusion(nn.Module):
         x0 = torch.zeros_like(x)
         step = SOLVERS[sampler.solver]
         for i in range(len(matrix) - 1):
-            moving = moving_frames(matrix[i], matrix[i + 1])
+            moves = (matrix[i] != matrix[i + 1]).nonzero()  # frames neither clean nor waiting
+            moving = slice(int(moves[0]), int(moves[-1]) + 1)
             t = rows[i:i + 1, moving]
             s = rows[i + 1:i + 2, moving]
             out = net(x, shown[i:i + 1], action, moving).float()
@@ -362,13 +358,6 @@ class Diffusion(nn.Module):
             if sampler.progress:
                 sampler.progress()
         return x
-
-
-def moving_frames(t, s):
-    """The frames, a slice, that move between two rows of a schedule: neither clean nor waiting."""
-    first = int((t >= 0).nonzero()[0])
-    last = int((t != s).nonzero()[-1])
-    return slice(first, last + 1)
 
 
 # (diffusion, x, t, s, out, previous, eta) -> (x_s, x0)

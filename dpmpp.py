@@ -30,9 +30,7 @@ def dpmpp_step(diffusion, x, t, s, out, previous, eta=0.0):
     change = ratio * (x0 - x0_before)
     alpha_t, sigma_t = diffusion.path(shown)
     alpha, sigma = diffusion.path(s)
-    x_s = alpha * (x0 + change) + sigma * (eps - alpha_t / sigma_t * change)
-    stays = (t == s)[..., None, None, None]
-    return torch.where(stays, x, x_s), x0
+    return alpha * (x0 + change) + sigma * (eps - alpha_t / sigma_t * change), x0
 
 
 def log_snr_grid(diffusion, num_steps):

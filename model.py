@@ -3,8 +3,8 @@
 Blocks alternate between space (even: attention among the patches of one frame) and time (odd:
 attention among the frames of one patch position, causal). The noise level and the action reach
 every block once per frame, and are broadcast over that frame's patches. Read `NanoWM.forward`
-first, then `Block`, then `Attention`. At a first reading pass over `remember`, `places`, `mask` and
-`skip`: they serve cache.py; in training there is no cache, and `places` is every frame.
+first, then `Block`, then `Attention`. At a first reading pass over `cache`, `places`, `skip` and
+`remember`, which serve cache.py.
 
 Shapes: B clips, F frames, P patches per frame, D hidden size, d = D / heads, A numbers per action.
 Parameters carry the names of the reference's checkpoints (arXiv 2605.23993).
@@ -34,7 +34,7 @@ class NanoWMConfig:
     patch_size: int = 2
     in_channels: int = 4
     hidden_size: int = 768
-    depth: int = 12  # blocks, spatial and temporal together
+    depth: int = 12  # blocks, spatial and temporal together: 2 or more
     num_heads: int = 12
     num_frames: int = 4  # the window: the longest clip the model sees at once
     action_dim: int = 7  # numbers per frame of the model; 0 for one without actions
@@ -46,8 +46,6 @@ class NanoWMConfig:
         size = self.input_size
         self.input_size = (size, size) if isinstance(size, int) else tuple(size)
         check_choice('injection', self.injection, INJECTIONS)
-        if self.depth < 2:
-            raise UserError(f'depth={self.depth}: expected 2 or more, one for space and one for time')
         if any(side % self.patch_size for side in self.input_size):
             raise UserError(f'input_size={self.input_size} does not divide into patches of '
                             f'{self.patch_size}')
@@ -93,8 +91,7 @@ class RMSNorm(nn.RMSNorm):
 def by_patch(x):
     """x [B,F,P,D] of frames -> [B,P,F,D] of patch positions, as attention in time wants it.
 
-    Copied: without gradients a Linear of a view is many small products, in bf16 each with a copy of the
-    weight (two thirds of a dream's time on a CPU); of contiguous patches it is one.
+    Copied: a Linear of a view is many small products, on a CPU two thirds of a bf16 dream's time.
     """
     return x.transpose(1, 2).contiguous()
 
@@ -169,8 +166,8 @@ def rope_angles(positions, num_freqs):
 
 
 def rope_tables(angles):
-    """cos and sin [L,d] for `rotate` from angles [L,d/2]; the first half of sin is negated."""
-    return angles.cos().repeat(1, 2), torch.cat([-angles.sin(), angles.sin()], dim=1)
+    """cos and sin, as one [2,L,d], for `rotate` from angles [L,d/2]; half of sin is negated."""
+    return torch.stack([angles.cos().repeat(1, 2), torch.cat([-angles.sin(), angles.sin()], dim=1)])
 
 
 def rotate(x, cos, sin):
@@ -188,37 +185,30 @@ def rotate(x, cos, sin):
 class Axis:
     """What attention has to know of its axis besides x: space (patches of a frame) or time (frames)."""
     rope: tuple  # cos and sin [L,d] of the L positions that x has along the axis
-    causal: bool = False  # position i sees positions up to i only
-    actions: torch.Tensor = None  # time: [B,K,D] embedded, of the first K frames of the window
-    # with a cache: x holds some frames of a window
-    places: torch.Tensor = None  # [L], which ones
-    mask: torch.Tensor = None  # [L,window], true where a frame sees another; replaces the triangle
+    mask: torch.Tensor = None  # [L,K], true where a position sees another; None is everywhere
+    is_causal: bool = False  # the mask is a triangle, as fused kernels have it built in
+    actions: torch.Tensor = None  # time: [B,K,D] embedded, of the window's first K frames
+    places: torch.Tensor = None  # time: [L], which frames of the window x has
 
     def __getitem__(self, part):
-        """The same for a slice of the frames; with a cache."""
+        """The same for a slice of the frames."""
         cos, sin = self.rope
-        return Axis((cos[part], sin[part]), self.causal, self.actions, self.places[part], self.mask[part])
+        return Axis((cos[part], sin[part]), self.mask[part], False, self.actions, self.places[part])
 
 
 def attend(q, k, v, axis):
     """softmax(q k' / sqrt(d)) v for q [B,N,heads,L,d] and k, v [B,N,heads,K,d]."""
     mask = axis.mask
-    if axis.causal and q.device.type == 'cpu':
+    if mask is not None and q.device.type == 'cpu':
         # in time, thousands of problems of a few frames each: plain products beat the fused kernel
-        if mask is None:
-            mask = causal_mask(q.shape[-2], q.device)
         scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
         return scores.masked_fill(~mask, -math.inf).softmax(dim=-1) @ v
+    if axis.is_causal:
+        mask = None
     B = len(q)
     q, k, v = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)  # fused kernels want 4 dimensions
-    causal = axis.causal and mask is None
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=axis.is_causal)
     return out.unflatten(0, (B, -1))
-
-
-def causal_mask(length, device):
-    """[L,L], true where position i sees position j."""
-    return torch.ones(length, length, dtype=torch.bool, device=device).tril()
 
 
 class Attention(nn.Module):
@@ -284,8 +274,6 @@ class CrossAttention(nn.Module):
         B, N, P, D = x.shape
         k, v = self.kv(axis.actions).chunk(2, dim=-1)  # [B,K,D], shared by all patches of a frame
         mask = axis.mask
-        if mask is None and axis.causal:
-            mask = causal_mask(N, x.device)
         if mask is not None:  # actions may be given for the beginning of the window only
             mask = mask[:, :k.shape[1]].repeat_interleave(P, dim=0)  # [F*P,K]
         q = self.heads(self.q(x).flatten(1, 2))
@@ -435,10 +423,8 @@ class NanoWM(nn.Module):
         row, col = torch.arange(rows).repeat_interleave(cols), torch.arange(cols).repeat(rows)
         space = torch.cat([rope_angles(row, d // 4), rope_angles(col, d // 4)], dim=1)
         time = rope_angles(torch.arange(self.config.num_frames), d // 2)
-        for name, angles in (('space', space), ('time', time)):
-            cos, sin = rope_tables(angles)
-            self.register_buffer(f'{name}_cos', cos, persistent=False)
-            self.register_buffer(f'{name}_sin', sin, persistent=False)
+        self.register_buffer('space_rope', rope_tables(space), persistent=False)
+        self.register_buffer('time_rope', rope_tables(time), persistent=False)
 
     def init_weights(self):
         for m in self.modules():
@@ -446,11 +432,10 @@ class NanoWM(nn.Module):
                 nn.init.xavier_uniform_(m.weight.flatten(1))  # a convolution: a Linear on patches
                 if m.bias is not None:
                     nn.init.zeros_(m.bias)
-        for i in (0, 2):
-            nn.init.normal_(self.t_embedder.mlp[i].weight, std=0.02)
-        for m in self.modules():
             if isinstance(m, ZeroLinear):
                 nn.init.zeros_(m.weight)
+        for i in (0, 2):
+            nn.init.normal_(self.t_embedder.mlp[i].weight, std=0.02)
 
     def forward(self, x, t, action=None, cache=None, places=None, skip=0):
         """Embed the frames, embed what conditions them, run the blocks, turn patches into frames again.
@@ -466,17 +451,18 @@ class NanoWM(nn.Module):
         """
         x = self.x_embedder(x) + self.pos_embed  # [B,F,P,D]
         c = self.t_embedder(sinusoids(t.clamp(min=0)))  # [B,F,D]
+        window = torch.arange(self.config.num_frames, device=x.device)
         if cache is None:
-            places = torch.arange(x.shape[1], device=x.device)
-        actions = self.embed_actions(action, x)
-        a = actions[:, places]  # [B,F,D]
-        space = Axis((self.space_cos, self.space_sin))
-        rope = self.time_cos[places], self.time_sin[places]
-        if cache is None:
-            time = Axis(rope, self.config.causal, a)
-        else:
-            window = torch.arange(self.config.num_frames, device=x.device)
-            time = Axis(rope, True, actions, places, mask=places[:, None] >= window)
+            window = places = window[:x.shape[1]]
+        a = actions = self.embed_actions(action, x, len(window))
+        if cache is not None:
+            a = actions[:, places]  # [B,F,D]
+        mask = None
+        if self.config.causal:
+            mask = places[:, None] >= window
+        is_causal = self.config.causal and cache is None
+        space = Axis(self.space_rope.unbind())
+        time = Axis(self.time_rope[:, places].unbind(), mask, is_causal, actions, places)
 
         for i, block in enumerate(self.blocks):
             if i == 1:
@@ -486,26 +472,24 @@ class NanoWM(nn.Module):
                 if skip == x.shape[1]:
                     return None
                 x, c, a, time = x[:, skip:], c[:, skip:], a[:, skip:], time[skip:]
-            if block.temporal:
-                x = block(x, c, a, time, cache and cache[i])
-            else:
-                x = block(x, c, a, space)
+            axis = time if block.temporal else space
+            x = block(x, c, a, axis, cache and cache[i])
         return self.final_layer(x, c)
 
-    def embed_actions(self, action, x):
+    def embed_actions(self, action, x, num_frames):
         """[B,F,D]: to each frame belongs the action before it, and to frame 0 an exact zero."""
         if action is None or not self.config.action_dim:
-            return x.new_zeros(len(x), self.config.num_frames, x.shape[-1])
+            return x.new_zeros(len(x), num_frames, x.shape[-1])
         return F.pad(self.action_embedder(action[:, :-1]), (0, 0, 1, 0))
 
 
 def build_model(settings, frame_shape, action_dim):
     """The NanoWM of train.py's settings, for frames (C,H,W) and actions of that many numbers."""
-    size = settings['model_size']
-    if size:
-        check_choice('model_size', size, SIZES)
     names = {f.name for f in fields(NanoWMConfig)}
-    shape = {key: value for key, value in settings.items() if key in names} | SIZES.get(size, {})
+    shape = {key: value for key, value in settings.items() if key in names}
+    if settings['model_size']:
+        check_choice('model_size', settings['model_size'], SIZES)
+        shape |= SIZES[settings['model_size']]
     channels, *input_size = frame_shape
     shape |= dict(in_channels=channels, input_size=tuple(input_size), action_dim=action_dim)
     return NanoWM(NanoWMConfig(**shape))

@@ -71,7 +71,8 @@ def test_sampling_schedules_equal_reference():
         golden = json.load(f)
     for name, rows in golden.items():
         mode, frames, context, steps = name.split('.')
-        ours = schedule_matrix(mode, int(frames[6:]), int(context[7:]), int(steps[5:]))
+        grid = Diffusion('v').timesteps(int(steps[5:]))
+        ours = schedule_matrix(mode, int(frames[6:]), int(context[7:]), grid)
         assert ours.tolist() == rows, name
 
 
