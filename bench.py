@@ -15,20 +15,11 @@ from functools import partial
 import numpy as np
 import torch
 
+import machine
 from configurator import UserError, check_choice, check_context, configure
 from data import Clips, to_model
 from diffusion import Diffusion
-from machine import (
-    autocast,
-    compiled,
-    matmul_rate,
-    name_of,
-    pick_device,
-    pick_dtype,
-    seconds,
-    under_results,
-    write_whole,
-)
+from machine import seconds, under_results, write_whole
 from model import build_model
 from random_data import random_dataset
 from run import make_folder
@@ -129,11 +120,11 @@ if __name__ == '__main__':
         raise UserError(f'out={out} is a folder: expected a file to write')
     rollout_frames = rollout_frames or num_frames
     check_context(context_frames, rollout_frames)
-    device = pick_device(device)
-    dtype = pick_dtype(dtype, device)
-    precision = autocast(device, dtype)
+    device = machine.pick_device(device)
+    dtype = machine.pick_dtype(dtype, device)
+    precision = machine.autocast(device, dtype)
     torch.manual_seed(0)
-    result = {'device': name_of(device), 'dtype': dtype, 'torch': torch.__version__}
+    result = {'device': machine.name_of(device), 'dtype': dtype, 'torch': torch.__version__}
     print(*result.values())
     result['settings'] = settings
 
@@ -146,7 +137,7 @@ if __name__ == '__main__':
     clips = Clips(dataset, 'train', num_frames, frame_interval)
     frame_shape, A = clips.frames.shape[1:], clips.action_dim
     model = without_zeros(build_model(settings, frame_shape, A)).to(device)
-    net = compiled(model, device, compile)
+    net = machine.compiled(model, device, compile)
     diffusion = Diffusion(pred_name).to(device)
 
     if mode in ('train', 'all'):
@@ -167,7 +158,7 @@ if __name__ == '__main__':
         took, rate = math.inf, 0
         for _ in range(repeats):  # in turns, as the machine's speed may change
             took = min(took, seconds(step, device))
-            rate = max(rate, matmul_rate(device, dtype))
+            rate = max(rate, machine.matmul_rate(device, dtype))
         flops = 3 * forward_flops(model) * batch_size
         report('matmul', rate / 1e12, 'TFLOP/s')
         report('train_step', took * 1e3, 'ms')
@@ -202,7 +193,7 @@ if __name__ == '__main__':
 
         window = settings | {'num_frames': 6}
         model = without_zeros(build_model(window, frame_shape, A)).to(device)
-        net = compiled(model, device, compile)
+        net = machine.compiled(model, device, compile)
         context = torch.randn(1, 1, *frame_shape, device=device)
         action = torch.randn(cem_rollouts, 6, A, device=device)
         compare('cem', net, context, action, cem_steps)

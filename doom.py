@@ -1,8 +1,7 @@
 """Doom's `take_cover` (ViZDoom, Wydmuch et al. 2019): imps throw fireballs, the player steps aside.
 
-The world of World Models (Ha & Schmidhuber 2018, arXiv 1803.10122). A dream of it can be right
-about the bricks and how they move when the player does; fireballs come when they will, so there
-samples are right and means are not.
+The world of World Models (Ha & Schmidhuber 2018, arXiv 1803.10122). Bricks move as the player does;
+fireballs come when they will, so there samples are right and means are not.
 """
 import os
 
@@ -16,11 +15,9 @@ class Doom:
     """A corridor whose far end is lined with imps. It is over when the player is dead.
 
     An action is two buttons, to step left and to step right, each pressed above 0.5, for TICS of
-    1/35 s. The picture is the middle of what the player sees, where the imps are: a square of half
-    its width, so that nothing is squeezed and an imp is six pixels of 64 tall, not three.
-
-    A state is (seed, buttons, buttons, ...), and is restored by playing it all again, which takes
-    a millisecond a step: the game can save itself only to a file.
+    1/35 s. The picture is the middle of what the player sees, a square where an imp is six pixels
+    of 64 tall. A state is (seed, buttons, buttons, ...), and is restored by playing it all again, a
+    millisecond a step: the game can save itself only to a file.
     """
     about = "imps that throw fireballs, Doom's take_cover, simulated by vizdoom"
     steps, episodes = 200, 1000
@@ -55,7 +52,7 @@ class Doom:
         self.look()
 
     def look(self):
-        """Remember what is seen now; after the end there is nothing to see but the last picture."""
+        """Remember what is seen now; after the end, the last picture stays."""
         self.over = self.game.is_episode_finished()
         if self.over:
             return

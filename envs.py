@@ -3,8 +3,8 @@
 A world is a class with a row in WORLDS, at the end; nothing else knows its name. It says of itself:
 
     about                   in a few words
-    steps, episodes         how long an episode is, and how many are collected by default
-    image_size              pixels along a side, by default
+    steps                   the length of an episode
+    episodes, image_size    how many are collected, and pixels along a side, by default
     action_dim              numbers in an action
     KEYS                    {key: action} for whoever plays it; keys held together add up
 
@@ -12,7 +12,7 @@ and it does:
 
     reset(seed)             start an episode
     step(action)            float32 [action_dim] -> True if there was contact, as with the wall;
-                            afterwards `over`, if it has that, is True where the episode ended early
+                            `over`, if it has that, is then True where the episode ended early
     render(size)            uint8 [3, size, size]
     get_state() / set_state(state)      float64 vector; what actions lead to depends on it alone
     explore(rng)            the scripted policy's next action
@@ -35,7 +35,7 @@ import numpy as np
 from PIL import Image
 
 import gym_worlds
-from configurator import UserError
+from configurator import check_choice
 from doom import Doom
 from pusht import PushT
 
@@ -143,13 +143,10 @@ class Wall:
 
 
 class StableWorld:
-    """A simulator of stable-worldmodel (MIT), whose own planner can judge our models: judge.py.
-
-    Pictures are made smaller as its World makes them, so that its pictures and ours are the same.
-    """
+    """A simulator of stable-worldmodel (MIT), whose own planner can judge our models: judge.py."""
     action_dim = 2
     resolution = {}  # of its picture, as the simulator takes it
-    resample = 'bilinear'  # how the picture is made smaller
+    resample = 'bilinear'  # how judge.py makes the picture smaller, and we
 
     def __init__(self):
         self.env = gym_worlds.make(self.name, 'stable_worldmodel', **self.resolution).unwrapped
@@ -188,8 +185,7 @@ class TwoRoom(StableWorld):
     def get_state(self):
         return self.env.agent_position.numpy().astype(np.float64)
 
-    their_state = get_state  # as state_column has it
-
+    their_state = get_state
     set_state = StableWorld.set_their_state
 
     def step(self, action):
@@ -240,6 +236,5 @@ WORLDS = {'wall': Wall, 'pusht': PushT, 'two_room': TwoRoom, 'swm_pusht': Stable
 
 def make_world(name):
     """A world, ready for reset. Raises UserError if it is unknown, or its simulator missing."""
-    if name not in WORLDS:
-        raise UserError(f'{name!r}: no such world; expected one of {", ".join(WORLDS)}')
+    check_choice('world', name, WORLDS)
     return WORLDS[name]()

@@ -1,6 +1,6 @@
 """Policies for data.py gym, where acting at random goes nowhere: (observation, rng) -> action.
 
-    python data.py gym --env=CarRacing-v3 --name=carracing --repeat=4 --policy=policies.py:drive
+    python data.py gym --env=CarRacing-v3 --name=carracing --repeat=2 --policy=policies.py:drive
 """
 import numpy as np
 

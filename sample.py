@@ -36,13 +36,6 @@ def dream(model, diffusion, frames, action, num_context, num_steps, seed=0, prog
                                 noise, context_noise, progress=bar.update, **options)
 
 
-def recorded_length(clips, num_clips):
-    """How many frames each of the num_clips longest episodes has, at least."""
-    rows = np.sort(np.diff(clips.episodes))[::-1][:num_clips]
-    frames = (rows - 1) // clips.interval + 1
-    return max(clips.num_frames, int(frames[-1]))
-
-
 if __name__ == '__main__':
     # settings -----------------------------------------------------------------
     out = ''  # file to write; '' is rollout.<format> beside the checkpoint
@@ -78,7 +71,9 @@ if __name__ == '__main__':
     else:
         check_context(num_context, num_frames)
         clips = opened.held_out(num_context + 1)
-        clips = opened.held_out(min(num_frames, recorded_length(clips, num_clips)))
+        rows = np.sort(np.diff(clips.episodes))[::-1][:num_clips]  # of the longest recordings
+        recorded = (int(rows[-1]) - 1) // clips.interval + 1
+        clips = opened.held_out(min(num_frames, max(num_context + 1, recorded)))
     numbers = clips.fixed(num_clips, seed=seed)
     frames, action = clips.batch(numbers)
     if actions:
