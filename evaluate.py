@@ -3,21 +3,18 @@
     python evaluate.py --ckpt=out/wall
     torchrun --nproc_per_node=8 evaluate.py --ckpt=out/rt1_b2       # the same figures, sooner
 
-`copy` repeats the last context frame. `wrong actions` is the same model with the same noise, under
-another clip's actions: a model that ignores its actions scores as well with wrong ones, so the gap
-between right and wrong says how well it listens. `vae` is what a model of latents could reach at
-best. Only predicted frames count, against the original pixels.
+`copy` repeats the last context frame. `wrong actions` is the same model with the same noise, told
+another clip's actions: the gap between right and wrong says how well it listens. `vae` is the best
+that a model of latents could reach. Only predicted frames count, against the original pixels.
 
 Leaves beside the checkpoint: metrics.json, .md (a table to paste), .png (quality over the horizon)
 and clips.png (the best, median and worst clip); if it is not its folder's latest, under its name.
 """
 import json
 import math
-import os
 import sys
 import time
 from collections import defaultdict
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -46,73 +43,50 @@ COLUMNS = {  # of tables: title and digits
 BASELINES = {'copy': 'copy_', 'wrong actions': 'wrong_', 'vae': 'vae_'}  # and prefixes of scores
 
 
-@dataclass
-class Options:
-    """How to evaluate, besides what."""
-    vae: torch.nn.Module = None  # decodes latents
-    networks: dict = field(default_factory=dict)  # of metrics.load_networks
-    world: type = None  # whose OBJECTS are looked for
-    sampler: dict = field(default_factory=dict)  # options of Diffusion.sample
-    dtype: str = 'fp32'
-    batch_size: int = 64
-
-
 @torch.no_grad()
-def evaluate(model, diffusion, clips, numbers, num_context, num_steps, **options):
+def evaluate(rollout, clips, numbers, num_context, vae=None, networks=None, world=None,
+             batch_size=64):
     """Score the predicted frames of clips `numbers`; several processes share the clips.
 
-    options: the fields of Options. Returns {name: [num_clips, predicted]} for psnr, ssim and lpips
-    of the dream, and under copy_, wrong_ and, with a VAE, vae_ of the baselines. fid and fvd are
+    rollout(frames, action, seed): dreams anew what Clips.batch gives, as sample.dream does.
+    networks: of load_networks. Returns {name: [num_clips, predicted]} for psnr, ssim and lpips of
+    the dream, and under copy_, wrong_ and, with a VAE, vae_ of the baselines. fid and fvd are
     features [num_clips, n, d], also under truth_. A world adds the scores of objects.compare.
     """
-    options = Options(**options)
-    check_enough(numbers)
-    device = model.pos_embed.device
-    metrics = {'psnr': psnr, 'ssim': ssim} | options.networks
+    if len(numbers) < 2:
+        raise UserError('only one clip to evaluate: the wrong actions are those of another')
+    metrics = {'psnr': psnr, 'ssim': ssim} | (networks or {})
 
     def in_pixels(x):
         x = x[:, num_context:]
-        if options.vae:
-            x = options.vae.decode(x)
+        if vae:
+            x = vae.decode(x)
         return (x.clamp(-1, 1) + 1) / 2
-
-    def rollout(x0, action, seed):
-        with autocast(device, options.dtype):
-            x = dream(model, diffusion, x0, action.to(device), num_context, num_steps, seed,
-                      **options.sampler)
-        bar.update(len(x))
-        return in_pixels(x)
 
     # every process has as many clips, as FSDP wants; the last one may do some of the first again
     share = math.ceil(len(numbers) / WORLD_SIZE)
     end = (RANK + 1) * share
     scores = defaultdict(list)
     bar = tqdm(total=2 * share, desc='evaluating', unit='rollout', disable=RANK > 0, leave=False)
-    for first in range(RANK * share, end, options.batch_size):
-        places = np.arange(first, min(first + options.batch_size, end)) % len(numbers)
+    for first in range(RANK * share, end, batch_size):
+        places = np.arange(first, min(first + batch_size, end)) % len(numbers)
         frames, action = clips.batch(numbers[places])
         _, wrong_action = clips.batch(numbers[places - 1])
-        x0 = to_model(frames, device)
-        original = clips.pixels(numbers[places]).to(device).float() / 255  # [B,F,3,H,W]
+        predictions = {}
+        for who, told in {'': action, 'wrong_': wrong_action}.items():
+            x = rollout(frames, told, first)
+            predictions[who] = in_pixels(x)
+            bar.update(len(x))
+        original = clips.pixels(numbers[places]).to(x.device).float() / 255  # [B,F,3,H,W]
         truth = original[:, num_context:]
-        predictions = {
-            '': rollout(x0, action, first),
-            'copy_': original[:, num_context - 1:num_context].expand_as(truth),
-            'wrong_': rollout(x0, wrong_action, first),
-        }
-        if options.vae:
-            predictions['vae_'] = in_pixels(x0)
-        for name, values in score(predictions, truth, metrics, options.world).items():
+        predictions['copy_'] = original[:, [num_context - 1]].expand_as(truth)
+        if vae:
+            predictions['vae_'] = in_pixels(to_model(frames, x.device))
+        for name, values in score(predictions, truth, metrics, world).items():
             scores[name].append(values)
     bar.close()
     shares = machine.gather({name: torch.cat(parts) for name, parts in scores.items()})
     return {name: torch.cat([part[name] for part in shares])[:len(numbers)] for name in scores}
-
-
-def check_enough(numbers):
-    if len(numbers) < 2:
-        raise UserError(f'{len(numbers)} clip to evaluate: expected 2 or more, as the wrong '
-                        "actions are another clip's")
 
 
 def score(predictions, truth, metrics, world=None):
@@ -125,8 +99,8 @@ def score(predictions, truth, metrics, world=None):
             images = [prediction] if name in DISTANCES else [prediction, truth]
             scores[who + name] = metric(*images).cpu()
     if world:
-        for who in ('', 'copy_', 'wrong_'):
-            pair = predictions[who].float().cpu().numpy(), truth.cpu().numpy()
+        for who, prediction in predictions.items():
+            pair = prediction.float().cpu().numpy(), truth.cpu().numpy()
             for name, values in objects.compare(world, *pair).items():
                 scores[who + name] = torch.from_numpy(values)
     return scores
@@ -169,8 +143,9 @@ def markdown(rows):
     return '\n'.join(lines)
 
 
-def with_interval(value, span, digits):
-    """'mean [low, high]'; without a span just the mean."""
+def with_interval(key, value, span):
+    """'mean [low, high]', with the digits of a column; without a span just the mean."""
+    digits = COLUMNS[key][1]
     text = f'{value:.{digits}f}'
     if span:
         text += f' [{span[0]:.{digits}f}, {span[1]:.{digits}f}]'
@@ -187,54 +162,41 @@ def table(name, means, intervals):
             for key in columns:
                 score, cell = prefix + key, ''
                 if score in means:  # a baseline has no gap
-                    cell = with_interval(means[score], intervals.get(score), COLUMNS[key][1])
+                    cell = with_interval(key, means[score], intervals.get(score))
                 rows[label].append(cell)
     return markdown(rows)
 
 
-def best_median_worst(opened, clips, numbers, quality):
-    """Contact sheet of three of the clips `numbers` by `quality`, dreamed as they were scored."""
-    chosen = np.argsort(quality)[[-1, len(quality) // 2, 0]]
-    frames, action = clips.batch(numbers[chosen])
-    x0, action = to_model(frames, opened.device).split(1), action.to(opened.device).split(1)
-    dreams = []
-    for i, frames, actions in zip(chosen, x0, action, strict=True):
-        with autocast(opened.device, opened.dtype):
-            dreams.append(dream(opened.model, opened.diffusion, frames, actions,
-                                opened.context_frames, opened.num_steps, int(i), **opened.sampler))
-    truth = clips.pixels(numbers[chosen]).movedim(2, -1).numpy()
-    rows = {'truth': truth, 'dream': to_pixels(torch.cat(dreams), opened.vae)}
-    return contact_sheet(rows, opened.context_frames)
-
-
 def table_of_objects(world, results):
     """Markdown: of each object whether it is there, and where it should be."""
-    rows = {'': objects.columns(world)}
+    rows = {'': ['found, %', f'distance of {world.SIDE:g}, median', '90th percentile',
+                 f'within {world.NEAR:g}, %', 'IoU, median']}
     for thing in world.OBJECTS:
-        for label, prefix in {'dream': '', 'copy': 'copy_', 'wrong actions': 'wrong_'}.items():
-            rows[f'{thing}, {label}'] = objects.cells(results[prefix + thing])
+        for label, prefix in {'dream': '', **BASELINES}.items():
+            if prefix + thing in results:
+                rows[f'{thing}, {label}'] = objects.cells(results[prefix + thing])
     return markdown(rows)
 
 
 def plot_horizon(path, results, num_context):
     curves = {}
     for label, prefix in {'dream': '', **BASELINES}.items():
-        mean = results['means'].get(f'{prefix}psnr')
-        if mean is not None:
-            per_frame = results['per_frame'][f'{prefix}psnr']
-            curves[f'{label}, {mean:.2f} dB'] = dict(enumerate(per_frame, start=num_context))
+        score = f'{prefix}psnr'
+        if score in results['means']:
+            label = f'{label}, {results["means"][score]:.2f} dB'
+            curves[label] = dict(enumerate(results['per_frame'][score], start=num_context))
     panels = {'PSNR over the horizon, dB': curves}
     for thing, scores in results.get('objects', {}).items():
-        if not thing.startswith(('copy_', 'wrong_')):
+        if not thing.startswith(tuple(BASELINES.values())):
             title = f'{thing}: found and near, shares of the clips, and the median IoU'
             panels[title] = {}
-            for label, key in {'found': 'found', 'near': 'near', 'IoU': 'iou'}.items():
-                panels[title][label] = dict(enumerate(scores['per_frame'][key], start=num_context))
+            for key in ('found', 'near', 'iou'):
+                panels[title][key] = dict(enumerate(scores['per_frame'][key], start=num_context))
     plot(path, panels, 'frame of the clip')
 
 
 def suffix_for(ckpt):
-    """Tells the results of a folder's numbered checkpoints apart; its latest needs no name."""
+    """Of the results' names: tells a folder's numbered checkpoints apart; its latest needs none."""
     path = Path(ckpt)
     return f'-{path.stem}' if path.is_file() and path.stem != 'latest' else ''
 
@@ -268,10 +230,15 @@ if __name__ == '__main__':
     world = envs.WORLDS.get(clips.meta.get('what'))
     if not hasattr(world, 'OBJECTS'):
         world = None
+
+    def rollout(frames, action, seed):
+        x0, action = to_model(frames, opened.device), action.to(opened.device)
+        with autocast(opened.device, opened.dtype):
+            return dream(opened.model, opened.diffusion, x0, action, num_context, opened.num_steps,
+                         seed, **opened.sampler)
+
     torch.manual_seed(seed)  # what eta draws on the way
-    scores = evaluate(opened.model, opened.diffusion, clips, numbers, num_context, opened.num_steps,
-                      vae=opened.vae, networks=networks, sampler=opened.sampler, dtype=opened.dtype,
-                      batch_size=batch_size, world=world)
+    scores = evaluate(rollout, clips, numbers, num_context, opened.vae, networks, world, batch_size)
     machine.leave_processes()
     if RANK > 0:
         sys.exit()
@@ -286,17 +253,20 @@ if __name__ == '__main__':
                  'parameters': sum(p.numel() for p in opened.model.parameters())}
     results |= {'settings': settings, 'clips': numbers.tolist(), 'absent': absent}
 
+    # the best, the median and the worst clip, dreamed as they were scored
+    chosen = np.argsort(results['per_clip']['psnr'])[[-1, len(numbers) // 2, 0]]
+    dreams = [rollout(*clips.batch(numbers[[i]]), int(i)) for i in chosen]
+    truth = clips.pixels(numbers[chosen]).movedim(2, -1).numpy()
+    rows = {'truth': truth, 'dream': to_pixels(torch.cat(dreams), opened.vae)}
     suffix = suffix_for(opened.ckpt)
-    path = f'{out_dir}/metrics{suffix}'
-    sheet = best_median_worst(opened, clips, numbers, results['per_clip']['psnr'])
-    write_picture(f'{out_dir}/clips{suffix}.png', sheet)
+    write_picture(f'{out_dir}/clips{suffix}.png', contact_sheet(rows, num_context))
+
+    text = table(Path(opened.ckpt).name, results['means'], results['intervals'])
     if world:
         results['objects'] = objects.summarise(about_objects)
-    plot_horizon(f'{path}.png', results, num_context)
-    name = os.path.basename(os.path.normpath(opened.ckpt))
-    text = table(name, results['means'], results['intervals'])
-    if world:
         text += f'\n\n{table_of_objects(world, results["objects"])}'
+    path = f'{out_dir}/metrics{suffix}'
+    plot_horizon(f'{path}.png', results, num_context)
     write_whole(f'{path}.md', text + '\n')
     results['seconds'] = time.perf_counter() - start
     write_whole(f'{path}.json', json.dumps(results))  # last: where it is, all is done

@@ -34,8 +34,7 @@ GOAL_OFFSET, BUDGET = 25, 50  # simulator steps
 class CostModel(nn.Module):
     """What the judge's planner optimises: how far from the goal our dream of each candidate ends.
 
-    method: 'plan', or 'wrong' (the model is told another candidate's actions) or 'simulator' (the
-    world takes the dream's place), as in trials.METHODS.
+    method: of trials.METHODS: plan, simulator (the world takes the dream's place) or wrong.
     """
 
     def __init__(self, agent, world=None, method='plan', progress=None):
@@ -94,26 +93,21 @@ class Recorded:
         for episode, start, end in zip(episodes, starts, ends, strict=True):
             first = self.clips.episodes[episode]
             rows = slice(first + start, first + end)
-            states = self.play(episode, self.clips.actions[first:first + end])
+            states = []
+            self.world.reset(self.first_seed + episode)
+            for action in self.clips.actions[first:first + end]:
+                states.append(self.world.their_state())
+                self.world.step(action)
             chunks.append({
                 'pixels': torch.from_numpy(np.array(self.clips.frames[rows])),  # [T,3,H,W]
                 'action': torch.from_numpy(np.array(self.clips.actions[rows])),
-                self.world.state_column: torch.from_numpy(states[start:]),
+                self.world.state_column: torch.from_numpy(np.stack(states[start:])),
             })
         return chunks
 
-    def play(self, episode, actions):
-        """The states [T,n] of an episode."""
-        states = []
-        self.world.reset(self.first_seed + episode)
-        for action in actions:
-            states.append(self.world.their_state())
-            self.world.step(action)
-        return np.stack(states)
-
 
 def policies(agent, world, recorded, baselines=True):
-    """{label: a function that makes its policy}: plans by the judge's planner, and what needs no plan.
+    """{label: a function that makes its policy}: plans by the judge's planner, and baselines.
 
     recorded [T,N,A]: the actions that led from the starts to the goals.
     """
@@ -133,8 +127,7 @@ def policies(agent, world, recorded, baselines=True):
 
     planner = agent.planner
     config = PlanConfig(planner.horizon, planner.execute, action_block=agent.interval)
-    # of an episode that uses its whole budget
-    plans = math.ceil(BUDGET / (planner.execute * agent.interval))
+    plans = math.ceil(BUDGET / (planner.execute * agent.interval))  # at most, of an episode
 
     def plan(method):
         bar = tqdm(total=recorded.shape[1] * plans * planner.iterations, unit='iteration',
@@ -144,13 +137,13 @@ def policies(agent, world, recorded, baselines=True):
                            var_scale=planner.first_std, device=agent.device)
         return WorldModelPolicy(solver, config, process={'action': Scaler(agent)})
 
-    if not baselines:
-        return {METHODS['plan']: partial(plan, 'plan')}
-    return {METHODS[method]: partial(plan, method) for method in ('plan', 'simulator', 'wrong')} | {
-        'the recorded actions': partial(Replay, recorded),
-        METHODS['random']: partial(RandomPolicy, seed=0),
-        METHODS['still']: partial(Replay, []),
-    }
+    makers = {METHODS['plan']: partial(plan, 'plan')}
+    if baselines:
+        makers |= {METHODS[method]: partial(plan, method) for method in ('simulator', 'wrong')}
+        makers['the recorded actions'] = partial(Replay, recorded)
+        makers[METHODS['random']] = partial(RandomPolicy, seed=0)
+        makers[METHODS['still']] = partial(Replay, [])
+    return makers
 
 
 def score(agent, what, settings):
@@ -187,10 +180,9 @@ def score(agent, what, settings):
         rows[label] = [percent(sum(reached), len(reached)), len(reached), f'{seconds:.1f}']
         results[label] = {'reached': reached, 'seconds': seconds}
 
-    text = markdown(rows)
-    write_whole(os.path.join(settings['out_dir'], 'judge.md'), text + '\n')
-    write_whole(os.path.join(settings['out_dir'], 'judge.json'),
-                json.dumps({'settings': settings, 'results': results}))
+    text, path = markdown(rows), os.path.join(settings['out_dir'], 'judge')
+    write_whole(f'{path}.md', text + '\n')
+    write_whole(f'{path}.json', json.dumps({'settings': settings, 'results': results}))
     print(text)
     planner = agent.planner
     print(f'{planner.candidates} candidates x {planner.iterations} iterations a plan; '

@@ -7,7 +7,7 @@ import numpy as np
 
 from configurator import UserError, extra
 from machine import RANK, write_whole
-from pictures import plot
+from pictures import plot, write_picture
 
 POINTS = 100  # of a curve
 
@@ -30,7 +30,7 @@ class Logger:
 
     def __init__(self, out_dir, config, step, wandb_project=''):
         """wandb_project: '' is without Weights & Biases."""
-        self.path = os.path.join(out_dir, 'log.jsonl')
+        self.folder, self.path = out_dir, os.path.join(out_dir, 'log.jsonl')
         self.board = self.wandb = None
         if RANK > 0:
             return
@@ -69,10 +69,12 @@ class Logger:
         steps = np.array_split(list(training), min(POINTS, len(training)))
         training = {part[-1]: np.mean([training[step] for step in part]) for part in steps}
         curves = {'training': training, 'held-out clips': held_out}
-        path = os.path.join(os.path.dirname(self.path), 'loss.png')
-        plot(path, {'loss': curves}, 'step')
+        plot(os.path.join(self.folder, 'loss.png'), {'loss': curves}, 'step')
 
-    def picture(self, step, picture):  # uint8 [H,W,3]
+    def picture(self, step, picture):
+        """Keep a picture uint8 [H,W,3] of dreams."""
+        if RANK == 0:
+            write_picture(os.path.join(self.folder, f'dream_{step:07d}.png'), picture)
         if self.board:
             self.board.add_image('dream', picture, step, dataformats='HWC')
 

@@ -7,12 +7,12 @@ import imageio.v3 as iio
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from configurator import extra
 from machine import write_whole
 
 RED, GREY, DARK = (230, 60, 50), (160, 160, 160), (40, 40, 40)
 LABEL, GAP, BAR = 72, 4, 4  # pixels: of a row's label, between frames, below each frame
 DASHES = ('solid', 'dashed', 'dotted', 'dashdot')
+say_once = functools.cache(print)
 
 
 def to_pixels(frames, vae=None):
@@ -23,65 +23,58 @@ def to_pixels(frames, vae=None):
     return pixels.movedim(-3, -1).cpu().numpy()
 
 
-def strip(label, frames, num_dreamed, min_size):
-    """A labelled row of frames uint8 [n,h,w,3]; under the last `num_dreamed` the bar is red.
+def strip(label, frames, num_given, min_size):
+    """A labelled row of frames uint8 [n,h,w,3], enlarged to at least min_size, without smoothing.
 
-    Frames are enlarged to at least min_size, without smoothing: a pixel of the model stays a pixel.
+    Of a row named dream, dream 1, dream 2, ... those that are not given have a red bar.
     """
-    n, h, w = frames.shape[:3]
-    scale = math.ceil(min_size / min(h, w))
-    h, w = h * scale, w * scale
+    scale = math.ceil(min_size / min(frames.shape[1:3]))
+    frames = frames.repeat(scale, axis=1).repeat(scale, axis=2)
+    n, h, w, _ = frames.shape
     row = Image.new('RGB', (LABEL + n * (w + GAP), h + BAR + GAP), 'white')
-    draw = ImageDraw.Draw(row)
-    draw.text((4, h / 2), label, fill=DARK, font=ImageFont.load_default(14), anchor='lm')
+    font = ImageFont.load_default(14)
+    ImageDraw.Draw(row).text((4, h / 2), label, fill=DARK, font=font, anchor='lm')
+    row = np.array(row)
     for i, frame in enumerate(frames):
         left = LABEL + i * (w + GAP)
-        row.paste(Image.fromarray(frame).resize((w, h), Image.Resampling.NEAREST), (left, 0))
-        colour = GREY if i < n - num_dreamed else RED
-        draw.rectangle((left, h, left + w - 1, h + BAR - 1), fill=colour)
-    return np.asarray(row)
+        dreamed = label.startswith('dream') and i >= num_given
+        row[:h, left:left + w] = frame
+        row[h:h + BAR, left:left + w] = RED if dreamed else GREY
+    return row
 
 
 def side_by_side(rows, num_context, min_size=96):
-    """Video uint8 [T,H',W',3] of {label: uint8 [B,T,h,w,3]}: a row each, a column for each clip.
-
-    Rows named dream, dream 1, dream 2, ... have the red bar where frames are not given.
-    """
-    num_frames = next(iter(rows.values())).shape[1]
+    """Video uint8 [T,H',W',3] of {label: uint8 [B,T,h,w,3]}: a row each, a column for each clip."""
+    num_clips, num_frames = next(iter(rows.values())).shape[:2]
     video = []
     for t in range(num_frames):
-        strips = []
-        for label, clips in rows.items():
-            dreamed = label.startswith('dream') and t >= num_context
-            strips.append(strip(label, clips[:, t], len(clips) * dreamed, min_size))
+        given = num_clips if t < num_context else 0
+        strips = [strip(label, clips[:, t], given, min_size) for label, clips in rows.items()]
         video.append(np.concatenate(strips))
     return np.stack(video)
 
 
-def contact_sheet(rows, num_context=0, min_size=64):
+def contact_sheet(rows, num_context, min_size=64):
     """Picture uint8 [H',W',3] of {label: uint8 [B,T,h,w,3]}: clip by clip, a strip of frames each."""
-    num_clips, num_frames = next(iter(rows.values())).shape[:2]
+    num_clips = len(next(iter(rows.values())))
     strips = []
     for i in range(num_clips):
-        for label, clips in rows.items():
-            num_dreamed = label.startswith('dream') * (num_frames - num_context)
-            strips.append(strip(label, clips[i], num_dreamed, min_size))
+        strips += [strip(label, clips[i], num_context, min_size) for label, clips in rows.items()]
         strips.append(np.full_like(strips[-1][:2 * GAP], 255))  # some air between clips
     return np.concatenate(strips[:-1])
 
 
 def write_picture(path, picture):
-    """Write uint8 [H,W,3]."""
+    """Write uint8 [H,W,3] as PNG."""
     write_whole(path, iio.imwrite('<bytes>', picture, extension='.png'))
 
 
 def write_video(path, video, fps):
-    """Write uint8 [T,H,W,3] as a looping GIF, or as MP4 if the name says so. Raises UserError."""
+    """Write uint8 [T,H,W,3] as a looping GIF, or as MP4 if the name says so."""
     if not path.endswith('.mp4'):
         gif = iio.imwrite('<bytes>', video, extension='.gif', duration=1000 / fps, loop=0)
         write_whole(path, gif)
         return
-    extra('imageio_ffmpeg')
     height, width = video.shape[1:3]
     video = video[:, :height // 2 * 2, :width // 2 * 2]  # H.264 wants even sides
     iio.imwrite(path, video, fps=fps, codec='libx264', plugin='FFMPEG', macro_block_size=1)
@@ -115,11 +108,6 @@ def plot(path, panels, xlabel='', log_ticks=False):
     png = io.BytesIO()
     figure.savefig(png, dpi=120)
     write_whole(path, png.getvalue())
-
-
-@functools.cache
-def say_once(line):
-    print(line)
 
 
 def draw(ax, curves, ticks):

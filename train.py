@@ -16,7 +16,6 @@ import tempfile
 import time
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
-from itertools import count
 
 import numpy as np
 import torch
@@ -29,13 +28,13 @@ from checkpoint import load_weights, read_checkpoint, restore_training, save_che
 from configurator import UserError, check_choices, check_context, configure
 from data import Clips, to_model
 from diffusion import Diffusion
-from evaluate import check_enough, evaluate, summarise
+from evaluate import evaluate, summarise
 from logger import Logger
 from machine import RANK, WORLD_SIZE
 from metrics import NETWORKS, load_networks
 from model import build_model
 from muon import Muon
-from pictures import contact_sheet, to_pixels, write_picture
+from pictures import contact_sheet, to_pixels
 from random_data import random_dataset
 from run import locate
 from sample import dream
@@ -131,10 +130,11 @@ lock = folder.claim(out_dir)  # until this process ends
 if not real_data:
     scratch = tempfile.TemporaryDirectory()
     rows = 64 * num_frames * frame_interval
-    dataset = random_dataset(f'{scratch.name}/random', frame_shape, action_dim, rows)
+    dataset = random_dataset(scratch.name, frame_shape, action_dim, rows)
 train_clips = Clips(dataset, 'train', num_frames, frame_interval, normalize_action)
 val_clips = Clips(dataset, 'val', num_frames, frame_interval, normalize_action)
 val_frames, val_action = val_clips.batch(val_clips.fixed(num_val_clips))
+metric_clips = val_clips.fixed(num_metric_clips)
 frame_shape = train_clips.frames.shape[1:]
 decoder, can_look = None, real_data
 if real_data and frame_shape[0] != 3:  # only pictures and metrics need the decoder of latents
@@ -144,23 +144,20 @@ if real_data and frame_shape[0] != 3:  # only pictures and metrics need the deco
         can_look = False
         if master:
             print(f'no pictures of dreams and no metrics: {e}')
-metric_clips = val_clips.fixed(num_metric_clips)
 networks = {}
 if metrics_every and can_look:  # what is missing is said now, not after an hour
-    check_enough(metric_clips)
     frame_size = val_clips.pixels(metric_clips[:1]).shape[-2:]
     networks, absent = load_networks(wanted, device, frame_size, num_frames - context_frames)
     for name, why in absent.items():
         if master:
             print(f'no {name.upper()}: {why}')
 
-# setup: the model, its average, and the optimizer
+# setup: the model, its average, and the optimizers
 global_batch = WORLD_SIZE * grad_accum * batch_size
 about = folder.about(config, global_batch, (train_clips.mean.tolist(), train_clips.std.tolist()))
 start = folder.starting_point(out_dir, resume, about)  # a checkpoint, or '' for a run that begins
 model = build_model(config, frame_shape, train_clips.action_dim)
 diffusion = Diffusion(pred_name, noise_schedule, zero_terminal_snr, snr_gamma=snr_gamma).to(device)
-diffusion.sample_timesteps((1, 1), timestep_sampling)  # refuses an unknown name now
 if init_from and not start:
     load_weights(model, read_checkpoint(locate(init_from))[0], init_from)
 num_parameters = sum(p.numel() for p in model.parameters())
@@ -176,18 +173,16 @@ for m in models:
         machine.shard(m, device)
     m.to(device)
 
-weights = [p for p in model.parameters() if p.requires_grad]
-pairs = zip(ema.parameters(), model.parameters(), strict=True)
-ema_weights = [average for average, p in pairs if p.requires_grad]
-matrices, others = [], weights
+parameters, ema_parameters = list(model.parameters()), list(ema.parameters())
+weights = [p for p in parameters if p.requires_grad]
+matrices = set()
 if muon:
-    matrices = [p for p in model.blocks.parameters() if p.ndim == 2 and p.requires_grad]
-    chosen = set(matrices)
-    others = [p for p in weights if p not in chosen]
+    matrices = {p for p in model.blocks.parameters() if p.ndim == 2}
+others = [p for p in weights if p not in matrices]
 fused = not device.startswith('mps')  # which has no fused AdamW
 optimizers = [torch.optim.AdamW(others, learning_rate, weight_decay=weight_decay, fused=fused)]
 if muon:
-    optimizers.append(Muon(matrices, learning_rate, weight_decay))
+    optimizers.append(Muon([p for p in weights if p in matrices], learning_rate, weight_decay))
 scaler = torch.amp.GradScaler(torch.device(device).type, enabled=dtype == 'fp16')
 latest = os.path.join(out_dir, 'latest.safetensors')
 step = 0  # steps done so far
@@ -226,7 +221,7 @@ def draw(shape, generator):
 
 
 def batches(first):
-    """Yields for every step from `first` on its micro-batches, each (frames, action, t, noise).
+    """Yields for every step from `first` on its micro-batches, each (x0, action, t, noise).
 
     All randomness of step n comes from (seed, n) and is drawn for the global batch: a resumed run
     repeats the uninterrupted one, and N processes draw what one would. While n is computed, the clips
@@ -234,17 +229,16 @@ def batches(first):
     """
     with ThreadPoolExecutor(num_workers) as loader:
         ahead = deque(loader.submit(load, first + i) for i in range(num_workers))
-        for n in count(first):
+        for n in range(first, max_steps):
             loaded = ahead.popleft().result()
             ahead.append(loader.submit(load, n + num_workers))
             generator = torch.Generator(device).manual_seed(seed * 1_000_003 + n)
             t, noise = draw((global_batch, num_frames, *frame_shape), generator)
-            micro_batches = []
-            for i, (frames, action) in enumerate(loaded, start=RANK * grad_accum):
-                mine = slice(i * batch_size, (i + 1) * batch_size)
-                x0, action = to_model(frames, device), action.to(device, non_blocking=True)
-                micro_batches.append((x0, action, t[mine], noise[mine]))
-            yield micro_batches
+            mine = slice(RANK * grad_accum, (RANK + 1) * grad_accum)
+            t, noise = t.split(batch_size)[mine], noise.split(batch_size)[mine]
+            x0 = [to_model(frames, device) for frames, _ in loaded]
+            action = [action.to(device, non_blocking=True) for _, action in loaded]
+            yield list(zip(x0, action, t, noise, strict=True))
 
 
 @torch.no_grad()
@@ -261,12 +255,17 @@ def validation_loss():
     return loss / len(val_frames)
 
 
-def dream_picture():
-    """Held-out clips, truth above dream; every process calls it (FSDP)."""
-    x0, action = to_model(val_frames[:8], device), val_action[:8].to(device)
+def rollout(frames, action, seed=0):
+    """Held-out clips, dreamed anew; every process calls it (FSDP)."""
+    x0, action = to_model(frames, device), action.to(device)
     with precision:
-        dreamed = dream(ema, diffusion, x0, action, context_frames, sample_steps)
-    rows = {'truth': to_pixels(x0, decoder), 'dream': to_pixels(dreamed, decoder)}
+        return dream(ema, diffusion, x0, action, context_frames, sample_steps, seed)
+
+
+def dream_picture():
+    """Held-out clips, truth above dream."""
+    truth, dreamed = to_model(val_frames[:8], device), rollout(val_frames[:8], val_action[:8])
+    rows = {'truth': to_pixels(truth, decoder), 'dream': to_pixels(dreamed, decoder)}
     return contact_sheet(rows, context_frames)
 
 
@@ -295,18 +294,17 @@ if master:
     print(folder.disk_space(out_dir, 4 * num_parameters * (2 + len(models)), config))
 
 # the loop ---------------------------------------------------------------------
-bar = tqdm(total=max_steps, initial=step, disable=not master, desc=out_dir, unit='step',
-           dynamic_ncols=True)
-stream = batches(step)
+bar = tqdm(batches(step), desc=out_dir, total=max_steps, initial=step, unit='step',
+           dynamic_ncols=True, disable=not master)
 loss_sum, norm_sum = torch.zeros((), device=device), torch.zeros((), device=device)
 clock, since, stop = time.perf_counter(), step, False
-while step < max_steps and not stop:
+for micro_batches in bar:
     lr = lr_at(step)
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group['lr'] = lr
 
-    for micro, (x0, action, t, noise) in enumerate(next(stream)):
+    for micro, (x0, action, t, noise) in enumerate(micro_batches):
         with machine.gradient_sync(net, wanted=micro == grad_accum - 1):
             with precision:
                 loss = diffusion.loss(net, x0, action, t, noise) / grad_accum
@@ -326,7 +324,7 @@ while step < max_steps and not stop:
         # over few steps at first, to forget the untrained weights
         decay = min(ema_decay, (1 + step) / (10 + step))
         with torch.no_grad():
-            torch._foreach_lerp_(ema_weights, weights, 1 - decay)
+            torch._foreach_lerp_(ema_parameters, parameters, 1 - decay)
     step += 1
 
     # below runs every few steps only: reading a number makes the CPU wait for the device
@@ -336,12 +334,9 @@ while step < max_steps and not stop:
         continue
     steps = step - since
     weights_norm = machine.whole(torch.nn.utils.get_total_norm(weights).detach())
-    sums = torch.stack([loss_sum, norm_sum, weights_norm])
-    loss_mean, norm, weights_norm = (machine.total(sums) / WORLD_SIZE).tolist()
-    loss_mean, norm = loss_mean / steps, norm / steps
-    # a weight that is not finite must not be saved, even if no loss has shown it yet
-    finite = math.isfinite(loss_mean) and math.isfinite(weights_norm)
-    if not finite or not (math.isfinite(norm) or scaler.is_enabled()):
+    means = machine.mean(torch.stack([loss_sum / steps, norm_sum / steps, weights_norm]))
+    loss_mean, norm, weights_norm = means.tolist()
+    if not math.isfinite(loss_mean + weights_norm):  # weights can be lost before a loss shows it
         bar.close()
         kept = f'{latest} holds the last good step' if os.path.exists(latest) else 'nothing was saved'
         raise UserError(f'step {step}: loss {loss_mean}, gradient {norm}, weights {weights_norm}: not '
@@ -351,7 +346,6 @@ while step < max_steps and not stop:
         clips_per_s, mfu = speed * global_batch, speed * flops / rate
         logger.log(step, loss=loss_mean, grad_norm=norm, lr=lr, clips_per_s=clips_per_s, mfu=mfu)
         bar.set_postfix(loss=f'{loss_mean:.4f}', clips_s=f'{clips_per_s:.0f}', mfu=f'{mfu:.0%}')
-        bar.update(step - bar.n)
     loss_sum.zero_()
     norm_sum.zero_()
 
@@ -367,19 +361,15 @@ while step < max_steps and not stop:
         if master:
             bar.write(f'step {step}: loss {loss_mean:.4f}, on held-out clips {val_loss:.4f}')
         if can_look:
-            picture = dream_picture()
-            logger.picture(step, picture)
-            if master:
-                write_picture(os.path.join(out_dir, f'dream_{step:07d}.png'), picture)
+            logger.picture(step, dream_picture())
     if due(metrics_every) and can_look:
-        scores = evaluate(ema, diffusion, val_clips, metric_clips, context_frames, sample_steps,
-                          vae=decoder, networks=networks, dtype=dtype)
-        if master:
-            logger.log(step, **summarise(scores)['means'])
+        scores = evaluate(rollout, val_clips, metric_clips, context_frames, decoder, networks)
+        logger.log(step, **summarise(scores)['means'])
     clock, since = time.perf_counter(), step
+    if stop:
+        break
 
 bar.close()
-stream.close()
 logger.close()
 machine.leave_processes()
 if stop and step < max_steps:

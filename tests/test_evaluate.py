@@ -8,9 +8,11 @@ import torch
 from conftest import TRAIN, error, inline, run
 from test_metrics import I3D
 
+from data import to_model
 from evaluate import evaluate, suffix_for, summarise, table
 from metrics import WEIGHTS, frechet
 from run import held_out, load_run
+from sample import dream
 
 
 def figures(folder, name='metrics'):
@@ -99,7 +101,11 @@ def test_evaluate_gives_the_distances_whose_network_is_there(trained):
     model, diffusion, config = load_run(trained, 'cpu')
     clips = held_out(model, config, 5)
     networks = {'fvd': lambda x: x.mean(dim=(3, 4)).flatten(1)[:, None]}  # colours over time
-    scores = evaluate(model, diffusion, clips, clips.fixed(20), 1, 1, networks=networks)
+
+    def rollout(frames, action, seed):
+        return dream(model, diffusion, to_model(frames), action, 1, 1, seed)
+
+    scores = evaluate(rollout, clips, clips.fixed(20), 1, networks=networks)
     results = summarise(scores)
     assert results['means']['fvd'] > 0 and 'wrong_fvd' in results['means']
     assert 'fvd' not in results['intervals']
