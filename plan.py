@@ -18,29 +18,20 @@ import shutil
 import sys
 import time
 from collections import Counter, defaultdict
-from dataclasses import dataclass, field, fields, replace
-from functools import partial
+from dataclasses import dataclass, field, fields
 
 import torch
 from tqdm import tqdm
 
 import envs
+import machine
 import run
 from cem import OBJECTIVES, Agent, cem
 from configurator import UserError, check_choice, configure, read_settings
-from machine import (
-    RANK,
-    WORLD_SIZE,
-    autocast,
-    barrier,
-    join_processes,
-    leave_processes,
-    name_of,
-    write_whole,
-)
+from machine import RANK, WORLD_SIZE, autocast, write_whole
 from pictures import write_video
 from prepare import begin
-from trials import METHODS, act, arms, by_distance, choose, draw_episodes, films, summarise, table
+from trials import METHODS, act, arms, by_distance, draw_episodes, films, summarise, table
 
 # settings ---------------------------------------------------------------------
 # what is asked for; times are in steps of the simulator
@@ -113,7 +104,7 @@ if __name__ == '__main__':
     settings = configure(globals(), shared=run)
     check_choice('goals', goals, ('recorded', 'random'))
     opened = run.open_run(settings)
-    join_processes()
+    machine.join_processes()
     out_dir = out_dir or run.output_folder(opened.ckpt)
     run.make_folder(out_dir)
     options = {f.name: settings[f.name] for f in fields(Planner) if f.name in settings}
@@ -135,17 +126,14 @@ if __name__ == '__main__':
             score(agent, what, settings | {'out_dir': out_dir})
         sys.exit()
 
-    rows = {METHODS['plan']: ('plan', {})}  # of the table: how, and what is changed of the planner
+    rows = {METHODS['plan']: ('plan', planner)}  # of the table: how to choose actions
     if simulator:
-        rows = {METHODS['simulator']: ('simulator', {})}
+        rows = {METHODS['simulator']: ('simulator', planner)}
     elif vary:
         every = read_settings(globals()) | read_settings(vars(run))
-        planners = {key: every[key] for key in options if key in every}
-        rows = {label: ('plan', changed) for label, changed in arms(vary, planners).items()}
+        rows = {label: ('plan', varied) for label, varied in arms(vary, planner, every).items()}
     elif baselines:
-        rows = {label: (method, {}) for method, label in METHODS.items()}
-    for _, changed in rows.values():  # says now what does not go together
-        replace(planner, **changed)
+        rows = {label: (method, planner) for method, label in METHODS.items()}
 
     world = envs.make_world(what)
     episodes = []
@@ -156,7 +144,7 @@ if __name__ == '__main__':
     if RANK == 0:
         run.make_folder(finished)
         begin(os.path.join(finished, 'settings.json'), settings)
-    barrier()
+    machine.barrier()
     tasks = list(itertools.product(rows, range(len(episodes))))
     paths = {task: os.path.join(finished, f'{i:06d}.json') for i, task in enumerate(tasks)}
     mine = [task for task in tasks[RANK::WORLD_SIZE] if not os.path.exists(paths[task])]
@@ -164,18 +152,17 @@ if __name__ == '__main__':
     bar = tqdm(mine, unit='episode', disable=RANK > 0)
     for label, i in bar:
         bar.set_description(label)
-        method, changed = rows[label]
-        agent.planner = replace(planner, **changed)
+        method, agent.planner = rows[label]
         start = time.perf_counter()
         with autocast(opened.device, opened.dtype):
-            steps = act(partial(choose, method, agent), agent, world, episodes[i])
+            steps = act(method, agent, world, episodes[i])
         seconds = time.perf_counter() - start
         row = dict(steps=steps, distance=episodes[i].distance, seconds=seconds)
         write_whole(paths[label, i], json.dumps(row))
         reached[label] += steps is not None
         bar.set_postfix_str(f'{reached[label]} reached')
-    barrier()
-    leave_processes()
+    machine.barrier()
+    machine.leave_processes()
     if RANK > 0:
         sys.exit()
 
@@ -184,22 +171,20 @@ if __name__ == '__main__':
         with open(path) as f:
             results[label].append(json.load(f))
     summaries = {label: summarise(done) for label, done in results.items()}
-    text = table(summaries)
     first = next(iter(rows))
+    text = table(summaries)
     text += f'\n\n{first}, by the distance at the start (1 is reached):\n\n'
     text += table(by_distance(results[first]))
     settings |= dict(dataset=opened.dataset, num_steps=planner.num_steps,
-                     machine=name_of(opened.device), processes=WORLD_SIZE)
+                     machine=machine.name_of(opened.device), processes=WORLD_SIZE)
     results = {'settings': settings, 'summaries': summaries, 'episodes': results}
     write_whole(os.path.join(out_dir, 'plan.md'), text + '\n')
     write_whole(os.path.join(out_dir, 'plan.json'), json.dumps(results))
     shutil.rmtree(finished)
-    print(text)
-    print(f'{out_dir}: plan.json and plan.md')
+    print(f'{text}\n{out_dir}: plan.json and plan.md')
     if num_films:
         agent.planner = planner
         with autocast(opened.device, opened.dtype):
-            best = partial(choose, rows[first][0], agent)
-            video = films(best, agent, world, episodes[:num_films])
+            video = films(rows[first][0], agent, world, episodes[:num_films])
         write_video(os.path.join(out_dir, 'plan.gif'), video, fps=3)
         print(f'{out_dir}: plan.gif')

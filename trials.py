@@ -7,7 +7,7 @@ random actions, and of the same planner in the true simulator.
 import math
 import operator
 import statistics
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -30,10 +30,9 @@ class Episode:
 
 
 def draw_episode(world, seed, size, goals='recorded', goal_steps=15, budget=0):
-    """An Episode that begins somewhere along the explorer's way.
+    """An Episode that begins somewhere along the explorer's way; size is of the goal's picture.
 
     goals: 'recorded' is where the explorer gets in goal_steps, 'random' is world.random_goal.
-    budget: 0 is twice goal_steps. size: of the goal's picture.
     """
     rng = np.random.default_rng([seed, 1])  # as readers.py explores
     world.reset(seed)
@@ -65,13 +64,10 @@ def draw_episodes(world, count, seed, size, **options):
 
 
 @torch.no_grad()
-def act(choose, agent, world, episode, film=None):
-    """Plan, act and look, until the goal is reached or the budget spent.
+def act(method, agent, world, episode, film=None):
+    """Plan, act and look until the goal is reached or the budget spent: the steps it took, or None.
 
-    choose(world, episode, generator, mean): a plan [horizon,interval*A], standardised as the agent
-    has it, and the function that dreams; mean is what is left of the last plan.
     film: a list that gets pairs (frame as it was dreamed, frame as it came), both uint8 [H,W,3].
-    Returns the steps it took, or None.
     """
     world.reset(episode.seed)
     world.set_state(episode.start)
@@ -79,7 +75,7 @@ def act(choose, agent, world, episode, film=None):
     generator = torch.Generator().manual_seed(episode.seed)
     execute, mean, steps = agent.planner.execute, None, 0
     while True:
-        plan, imagine = choose(world, episode, generator, mean)
+        plan, imagine = choose(method, agent, world, episode, generator, mean)
         raw = agent.raw(plan)
         if film is not None:
             dreamed = to_pixels(imagine(raw[None])[0], agent.vae)
@@ -91,10 +87,10 @@ def act(choose, agent, world, episode, film=None):
                 if reached or steps == episode.budget:
                     break
             if film is not None:
-                film.append((dreamed[i], picture_of(world, agent)))
+                film.append((dreamed[i], world.render(agent.size[0]).transpose(1, 2, 0)))
             if reached or steps == episode.budget:
                 return steps if reached else None
-        mean = torch.cat([plan[execute:], torch.zeros_like(plan[:execute])])
+        mean = torch.cat([plan[execute:], torch.zeros_like(plan[:execute])])  # what is left of it
 
 
 # -----------------------------------------------------------------------------
@@ -135,64 +131,54 @@ def choose(method, agent, world, episode, generator, mean=None):
         draws = torch.randint(len(agent.recorded), (count,), generator=generator)
         _, candidates = agent.recorded.batch(draws.numpy())
         plan = candidates[cost(candidates).argmin()]
-    elif method == 'wrong':
-        plan = cem(cost_of_another, planner, agent.low, agent.high, generator, mean)
     else:
-        plan = cem(cost, planner, agent.low, agent.high, generator, mean)
+        told = cost_of_another if method == 'wrong' else cost
+        plan = cem(told, planner, agent.low, agent.high, generator, mean)
     return plan, imagine
 
 
-def arms(vary, settings):
-    """{label: {option of the planner: value}}: two for 'candidates=32,128 iterations=16,4'.
+def arms(vary, planner, settings):
+    """{label: Planner}: two for 'candidates=32,128 iterations=16,4'. Raises UserError.
 
-    settings: {option: configurator.Setting}. Raises UserError.
+    settings: {key: configurator.Setting}, which has those of the planner.
     """
     columns = {}
     for column in vary.split():
         key, _, values = column.partition('=')
-        if key not in settings:
+        if key not in settings or not hasattr(planner, key):
             raise UserError(f'vary={vary}: expected settings of the planner, like num_steps=1,2,4')
-        setting = settings[key]
         columns[key] = []
         for text in values.split(','):
-            columns[key].append(checked(key, parse(text, setting), settings, f'vary={vary}'))
-    try:
-        combinations = list(zip(*columns.values(), strict=True))
-    except ValueError as e:
-        raise UserError(f'vary={vary}: expected as many values of each') from e
-    rows = {}
-    for values in combinations:
+            value = parse(text, settings[key])
+            columns[key].append(checked(key, value, settings, f'vary={vary}'))
+    if len({len(values) for values in columns.values()}) > 1:
+        raise UserError(f'vary={vary}: expected as many values of each')
+    planners = {}
+    for values in zip(*columns.values(), strict=True):
         changed = dict(zip(columns, values, strict=True))
         label = ', '.join(f'{key}={value}' for key, value in changed.items())
-        rows[label] = changed
-    return rows
+        planners[label] = replace(planner, **changed)
+    return planners
 
 
 # -----------------------------------------------------------------------------
 # what is shown
 
-def picture_of(world, agent):
-    return world.render(agent.size[0]).transpose(1, 2, 0)
-
-
-def films(choose, agent, world, episodes):
+def films(method, agent, world, episodes):
     """Video uint8 [T,H,W,3]: what the plans dreamed, above what then happened, above the goal."""
     taken = []
     for episode in episodes:
         film = []
-        act(choose, agent, world, episode, film)
+        act(method, agent, world, episode, film)
         world.set_state(episode.start)
-        start = picture_of(world, agent)
+        start = world.render(agent.size[0]).transpose(1, 2, 0)
         taken.append([(start, start), *film])
     length = max(len(film) for film in taken)
-    rows = {'dream': [], 'world': [], 'goal': []}
-    for film, episode in zip(taken, episodes, strict=True):
-        film += [film[-1]] * (length - len(film))
-        dreamed, happened = zip(*film, strict=True)
-        rows['dream'].append(dreamed)
-        rows['world'].append(happened)
-        rows['goal'].append([episode.picture.transpose(1, 2, 0)] * length)
-    return side_by_side({label: np.array(clips) for label, clips in rows.items()}, num_context=1)
+    taken = [film + film[-1:] * (length - len(film)) for film in taken]
+    dreamed, happened = np.moveaxis(np.array(taken), 2, 0)  # [B,T,H,W,3] each
+    goals = np.stack([episode.picture for episode in episodes]).transpose(0, 2, 3, 1)
+    rows = {'dream': dreamed, 'world': happened, 'goal': goals[:, None].repeat(length, axis=1)}
+    return side_by_side(rows, num_context=1)
 
 
 # -----------------------------------------------------------------------------

@@ -2,7 +2,6 @@
 import json
 import os
 import shutil
-from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -17,7 +16,7 @@ from envs import make_world
 from machine import autocast
 from plan import Planner, plan_actions
 from run import load_run
-from trials import METHODS, act, choose, draw_episodes, wilson
+from trials import METHODS, act, draw_episodes, wilson
 
 SMALL = dict(candidates=8, elites=2, iterations=2, horizon=3, execute=2)
 PLAN = ['plan.py', '--device=cpu', '--num_episodes=2', '--goal_steps=4', '--num_films=1',
@@ -75,14 +74,14 @@ def test_a_perfect_model_reaches_the_goal(opened):
     agent, world = Agent(*opened, planner), make_world('wall')
     steps = []
     for episode in draw_episodes(world, 5, seed=0, size=16):
-        steps.append(act(partial(choose, 'simulator', agent), agent, world, episode))
+        steps.append(act('simulator', agent, world, episode))
     assert all(steps)
 
 
 def test_standing_still_reaches_nothing(opened):
     agent, world = Agent(*opened, Planner(**SMALL)), make_world('wall')
     for episode in draw_episodes(world, 5, seed=0, size=16):
-        assert act(partial(choose, 'still', agent), agent, world, episode) is None
+        assert act('still', agent, world, episode) is None
 
 
 def test_planned_actions_are_raw_and_in_the_range_of_the_data(opened, frames):
