@@ -3,7 +3,9 @@ from config.pusht_tiny import *
 
 out_dir = 'out/doom'
 dataset = 'data/doom'
-max_steps = 5000
+max_steps = 6000
+snr_gamma = 0.0  # or the bricks blur: fine texture is learned from almost clean frames, which the weight hides
+context_frames = 2  # one frame does not say which way anything moves
 frame_interval = 2  # 8 tics, about a quarter of a second: a fireball takes five such frames to arrive
 normalize_action = False  # two buttons, 0 or 1
 sample_steps = 4  # what the imps do is not certain: here samples are right, not means
