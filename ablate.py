@@ -7,9 +7,9 @@
     python ablate.py config/rt1_b2.py --launch='torchrun --nproc_per_node=8'
 
 An arm is a folder of out_dir named by target, injection, size and seed, so axes share the arms they
-have in common; other --train_options or --eval_options want another --out_dir. The same command
-goes on where it was interrupted: an arm with a metrics.json is skipped (delete its folder to do it
-again), one that was begun is resumed. Leaves results/<axis>_<config>.md and .png.
+have in common; for other --train_options or --eval_options use another --out_dir. After an
+interruption the same command goes on: what is done (its metrics.json is there; delete the folder to
+do it again) is skipped, what was begun is resumed. Leaves results/<axis>_<config>.md and .png.
 """
 import json
 import os
@@ -31,6 +31,7 @@ from model import INJECTIONS
 from pictures import plot
 from run import make_folder
 
+HERE = os.path.dirname(os.path.abspath(__file__))
 STEPS_KEYS = ('psnr', 'ssim', 'gap_psnr')  # what the steps axis shows
 
 
@@ -44,7 +45,7 @@ def words(key, text):
 
 def call(script, *options):
     """Run train.py or evaluate.py; Ctrl-C and SIGTERM are passed on, so that a training saves."""
-    command = [*launch, os.path.join(os.path.dirname(__file__), script), *options]
+    command = [*(launch or [sys.executable]), os.path.join(HERE, script), *options]
     # in a session of its own: otherwise the terminal's Ctrl-C would reach it twice
     child = subprocess.Popen(command, start_new_session=True)
     try:
@@ -58,13 +59,28 @@ def call(script, *options):
                         'the same ablate.py command goes on once that is mended')
 
 
+def train(folder, options):
+    """Train an arm as far as that is not done."""
+    if os.path.exists(f'{folder}/metrics.json'):
+        return
+    resume = bool(latest_of(folder))
+    options = [f'--{key}={value}' for key, value in options.items()]
+    call('train.py', base, *options, *train_options, f'--out_dir={folder}', f'--resume={resume}')
+
+
 def measure(ckpt, folder, *options):
-    """The metrics.json in `folder`, after evaluating the arm in `ckpt` if there is none."""
+    """The metrics.json in `folder`, after evaluating the arm if there is none."""
     path = f'{folder}/metrics.json'
     if not os.path.exists(path):
         call('evaluate.py', f'--ckpt={ckpt}', f'--out_dir={folder}', *options, *eval_options)
     with open(path) as f:
         return json.load(f)
+
+
+def resampled(run, solver, n):
+    """The metrics of a trained arm with another solver and n steps a frame."""
+    folder = run['settings']['ckpt']
+    return measure(folder, f'{folder}/{solver}-{n}', f'--solver={solver}', f'--num_steps={n}')
 
 
 # -----------------------------------------------------------------------------
@@ -73,7 +89,9 @@ def measure(ckpt, folder, *options):
 def over_seeds(runs, key):
     """(mean, standard deviation) of a metric; a single run has a deviation of 0."""
     values = [run['means'][key] for run in runs]
-    return np.mean(values), np.std(values, ddof=min(1, len(values) - 1))
+    if len(values) == 1:
+        return values[0], 0.0
+    return np.mean(values), np.std(values, ddof=1)
 
 
 def over_clips(runs, key):
@@ -95,10 +113,11 @@ def compare_arms(arms):
     rows = {axis: ['parameters', 'steps', *titles, '95 % interval', 'gap by seed']}
     for value, runs in arms.items():
         settings = runs[0]['settings']
+        cells = [cell(runs, key) for key in columns]
         low, high = over_clips(runs, 'gap_psnr')
         gaps = ', '.join(f'{run["means"]["gap_psnr"]:.2f}' for run in runs)
         size, train_steps = settings['parameters'] / 1e6, settings['train']['max_steps']
-        rows[value] = [f'{size:.2f} M', f'{train_steps:,}', *[cell(runs, key) for key in columns],
+        rows[value] = [f'{size:.2f} M', f'{train_steps:,}', *cells,
                        f'{low:.2f} to {high:.2f}', gaps]
     means = runs[0]['means']  # which the copy has of every arm
     copies = [f'{means[f"copy_{key}"]:.{COLUMNS[key][1]}f}' for key in columns[:-1]]
@@ -137,7 +156,8 @@ def fewest_steps(lines):
         spans = {key: over_clips(most, key) for key in STEPS_KEYS}
         rows[target] = []
         for key, span in spans.items():
-            rows[target].append(with_interval(key, over_seeds(most, key)[0], span))
+            mean, _ = over_seeds(most, key)
+            rows[target].append(with_interval(key, mean, span))
         for solver in solvers:
             line = lines[target, solver]
             reached = [n for n, runs in line.items() if within(runs, spans)]
@@ -180,8 +200,7 @@ if __name__ == '__main__':
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # it ends like Ctrl-C
     seeds, steps = numbers('seeds', seeds, 0), sorted(numbers('steps', steps, 1))
     solvers = check_choices('solvers', solvers, SOLVERS) or list(SOLVERS)
-    launch = words('launch', launch) or [sys.executable]
-    train_options = words('train_options', train_options)
+    launch, train_options = words('launch', launch), words('train_options', train_options)
     eval_options = words('eval_options', eval_options)
     out_dir = os.path.abspath(under_results(out_dir))
 
@@ -215,33 +234,27 @@ if __name__ == '__main__':
     # train and evaluate
     arms = {value: [] for value in values}  # {value: runs}
     base_name = os.path.splitext(os.path.basename(base))[0]
-    for seed, value in product(seeds, values):
-        arm = reference | {varied: value}
-        folder = f'{out_dir}/{base_name}/{"-".join(arm.values())}-seed{seed}'
-        if not os.path.exists(f'{folder}/metrics.json'):
-            options = [f'--seed={seed}']
+    for seed in seeds:
+        for value in values:
+            arm = reference | {varied: value}
+            options = {'seed': seed}
             for key, name in arm.items():
-                options += [f'--{option}={text}' for option, text in axes[key][name].items()]
-            resume = bool(latest_of(folder))
-            call('train.py', base, *options, *train_options, f'--out_dir={folder}',
-                 f'--resume={resume}')
-        arms[value].append(measure(folder, folder))
+                options |= axes[key][name]
+            folder = f'{out_dir}/{base_name}/{"-".join(arm.values())}-seed{seed}'
+            train(folder, options)
+            arms[value].append(measure(folder, folder))
     if axis == 'steps':
         lines = {pair: {} for pair in product(values, solvers)}  # {(target, solver): {steps: runs}}
         for (value, solver), n in product(lines, steps):
-            lines[value, solver][n] = []
-            for run in arms[value]:
-                folder = run['settings']['ckpt']
-                other = f'{folder}/{solver}-{n}', f'--solver={solver}', f'--num_steps={n}'
-                lines[value, solver][n].append(measure(folder, *other))
+            lines[value, solver][n] = [resampled(run, solver, n) for run in arms[value]]
         text, panels = compare_samplers(lines)
     else:
         text, panels = compare_arms(arms)
 
-    used = [run['settings'] for runs in arms.values() for run in runs]
+    used = [run['settings'] for run in sum(arms.values(), [])]
     machines = ', '.join(sorted({settings['machine'] for settings in used}))
     clips = '{num_clips} held-out clips, {context_frames} of {num_frames} frames given'
-    seeds_used = f'seed {", ".join(map(str, seeds))}'
+    seeds_used = 'seed ' + ', '.join(str(seed) for seed in seeds)
     if len(seeds) > 1:
         seeds_used += ': mean ± standard deviation'
     text += f"""

@@ -26,8 +26,7 @@ def pixels(frames, agent):
 def blur(frames, agent):
     """Blurred, so that objects feel each other from afar: a lot to find the way, a little to aim."""
     copies = []
-    # bf16 has two or three digits: too few to tell a near miss from a hit
-    with torch.autocast(frames.device.type, enabled=False):
+    with no_autocast(frames):
         for share in (1 / 32, 3 / 32, 6 / 32):  # standard deviation, of the picture's side
             down, across = (gaussian(side, share, frames.device) for side in frames.shape[-2:])
             copies.append(down @ frames @ across.T)
@@ -37,8 +36,14 @@ def blur(frames, agent):
 def whitened(frames, agent):
     """Blurred, with the colours mixed anew so that each varies as much as any other over the dataset:
     what is small but has a colour of its own then counts as much as what is large."""
-    with torch.autocast(frames.device.type, enabled=False):
-        return blur(torch.einsum('ij,njhw->nihw', agent.whitening, frames), agent)
+    with no_autocast(frames):
+        frames = torch.einsum('ij,njhw->nihw', agent.whitening, frames)
+    return blur(frames, agent)
+
+
+def no_autocast(frames):
+    """bf16 has two or three digits: too few to tell a near miss from a hit."""
+    return torch.autocast(frames.device.type, enabled=False)
 
 
 def gaussian(side, share, device):
@@ -52,7 +57,8 @@ def whitening(frames):
     """The matrix [C,C] that mixes channels so that over frames [N,C,H,W] they are uncorrelated and of
     variance 1. What has less than a hundredth of the largest variance is mostly noise, and stays less.
     """
-    variance, directions = torch.linalg.eigh(torch.cov(frames.transpose(0, 1).flatten(1)))
+    with no_autocast(frames):
+        variance, directions = torch.linalg.eigh(torch.cov(frames.transpose(0, 1).flatten(1)))
     variance = variance.clamp(min=0.01 * variance.max())
     return (directions / variance.sqrt()).T
 
@@ -115,10 +121,10 @@ class Agent:
         if self.recorded.action_dim != model.config.action_dim:
             raise UserError(f'{dataset}: {self.recorded.action_dim} action numbers do not fit the '
                             f'model, which takes {model.config.action_dim}')
-        self.mean = torch.as_tensor(self.recorded.mean)
-        self.std = torch.as_tensor(self.recorded.std)
+        self.mean = torch.from_numpy(np.asarray(self.recorded.mean))
+        self.std = torch.from_numpy(np.asarray(self.recorded.std))
         scale = self.recorded.action_scale(config['action_scale'])
-        self.model_mean, self.model_std = map(torch.as_tensor, scale)
+        self.model_mean, self.model_std = (torch.from_numpy(np.asarray(part)) for part in scale)
         actions = self.recorded.actions
         self.low = self.standardised(actions.min(axis=0))
         self.high = self.standardised(actions.max(axis=0))
@@ -191,18 +197,22 @@ class Agent:
         embed = OBJECTIVES[self.planner.objective]
         target = embed(self.encode(goal[None]), self)
         first = -1 if self.planner.look_at == 'last' else 0
-        # a patch keeps keys and values in every other block, and is 20 times as wide inside one
-        shape = self.model.config
-        patches = shape.num_frames * shape.grid[0] * shape.grid[1]
-        bytes_each = 4 * patches * shape.hidden_size * (shape.depth + 20)
-        at_once = max(1, int(self.planner.memory * 1e9 / bytes_each))
+        chunk = self.dreams_at_once()
 
         def cost(actions):
             costs = []
-            for some in actions.split(at_once):
+            for some in actions.split(chunk):
                 frames = imagine(self.raw(some))[:, first:]
                 errors = (embed(frames.flatten(0, 1), self) - target).square()
                 costs.append(errors.reshape(len(some), -1).mean(dim=1).cpu())
             return torch.cat(costs)
 
         return cost
+
+    def dreams_at_once(self):
+        """How many fit into planner.memory: a patch keeps its keys and values in every other block,
+        and is about 20 times as wide inside of one."""
+        shape = self.model.config
+        patches = shape.num_frames * shape.grid[0] * shape.grid[1]
+        bytes_each = 4 * patches * shape.hidden_size * (shape.depth + 20)
+        return max(1, int(self.planner.memory * 1e9 / bytes_each))

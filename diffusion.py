@@ -122,8 +122,8 @@ class Sampler:
     def kept(self, window):
         """How many frames stay as context when a window of so many slides. Raises UserError."""
         if not 0 <= self.history < window:
-            raise UserError(f'history={self.history}: expected less than the {window} frames '
-                            'that the model sees')
+            raise UserError(f'history={self.history}: expected 1 to {window - 1}, '
+                            f'as the model sees {window} frames')
         return self.history or window - 1
 
 
@@ -282,17 +282,18 @@ class Diffusion(nn.Module):
 
             frames 0-3: c d d d     frames 1-4: c c c d     frames 2-5: c c c d     ...
 
-        A context of one row serves all rows of action. action may be None. noise, context_noise:
-        like the output, drawn when not given (context_noise may cover the context only). options:
-        Sampler's. Returns [B,num_frames,C,H,W], the context untouched.
+        A context of one row serves all rows of action (equal as far as they lead to it). action may
+        be None. noise, context_noise: like the output, drawn when not given (context_noise may cover
+        the context only). options: Sampler's. Returns [B,num_frames,C,H,W], the context untouched.
         """
         sampler = Sampler(num_steps, **options)
         batch = len(context) if action is None else max(len(context), len(action))
         known, window = context.shape[1], model.config.num_frames
         history = sampler.kept(window)
-        shared = len(context) < batch  # the past of all rows, unless other actions led to it
-        if shared:
-            shared = bool((action[:, :known - 1] == action[:1, :known - 1]).all())
+        shared = len(context) < batch
+        if shared and not (action[:, :known - 1] == action[:1, :known - 1]).all():
+            raise UserError('a context of one row is shared: the actions that lead to it, '
+                            'action[:, :K-1], must be too')
 
         if noise is None:
             noise = torch.randn(batch, num_frames, *context.shape[2:], device=context.device)

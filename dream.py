@@ -22,9 +22,10 @@ from pictures import to_pixels
 class Dream:
     """One dream of a model; several may share the model.
 
-    sampler: a diffusion.Sampler, which may be replaced between two steps; its schedule does not
-    matter. vae: decodes what the model dreams, None for pixels. action_scale: mean and std of the
-    dataset's numbers, in which actions are given.
+    sampler: a diffusion.Sampler, which may be replaced between two steps. Its schedule does not
+    matter: each new frame is denoised alone. vae: decodes what the model dreams, None for pixels.
+    action_scale: mean and std of the dataset's numbers, as the checkpoint has them; actions are
+    given in those numbers.
     """
 
     def __init__(self, model, diffusion, sampler, vae=None, dtype='fp32', action_scale=(0, 1)):
@@ -39,6 +40,7 @@ class Dream:
         self.noise = torch.zeros(shape, device=self.device)
         self.levels = torch.zeros(shape[:2], dtype=torch.long, device=self.device)
         self.actions = torch.zeros(*shape[:2], config.action_dim, device=self.device)
+        self.drawn = torch.zeros(2, *shape[2:])
 
     def reset(self, frames, actions=None, seed=0):
         """Start from frames [K,C,H,W] as stored and the actions [K-1,...] between them.
@@ -61,7 +63,7 @@ class Dream:
                 self.actions[0, place] = self.scaled(action)
         cached = self.sampler.cache and self.model.config.causal
         self.net = CachedModel(self.model) if cached else PlainModel(self.model)
-        self.show_context()
+        self.make_context()
         return self.picture(self.known - 1)
 
     @torch.no_grad()
@@ -94,16 +96,16 @@ class Dream:
             buffer[:, :history] = buffer[:, kept].clone()
         self.known, self.full = history, history + 1
         self.net.new_window()
-        self.show_context()
+        self.make_context()
 
-    def show_context(self):
+    def make_context(self):
         self.levels[:, :self.known] = self.diffusion.context_levels(self.known, self.sampler)
 
     def draw_noise(self, place):
         """For the frame at this place: what it is shown with and, returned, what it is made from."""
-        drawn = torch.randn(2, *self.noise.shape[2:], generator=self.generator)
-        self.noise[0, place] = drawn[1]
-        return drawn[0]
+        torch.randn(self.drawn.shape, generator=self.generator, out=self.drawn)
+        self.noise[0, place] = self.drawn[1]
+        return self.drawn[0]
 
     def scaled(self, action):
         """An action as the model counts it: [frame_interval * A]."""

@@ -3,9 +3,10 @@
     python evaluate.py --ckpt=out/wall
     torchrun --nproc_per_node=8 evaluate.py --ckpt=out/rt1_b2       # the same figures, sooner
 
-`copy` repeats the last context frame. `wrong actions` is the same model with the same noise, told
-another clip's actions: the gap between right and wrong says how well it listens. `vae` is the best
-that a model of latents could reach. Only predicted frames count, against the original pixels.
+`copy` repeats the last context frame. `wrong actions` is the same model with the same noise, under
+another clip's actions: a model that ignores its actions scores as well with wrong ones, so the gap
+between right and wrong says how well it listens. `vae` is what a model of latents could reach at
+best. Only predicted frames count, against the original pixels.
 
 Leaves beside the checkpoint: metrics.json, .md (a table to paste), .png (quality over the horizon)
 and clips.png (the best, median and worst clip); if it is not its folder's latest, under its name.
@@ -53,8 +54,7 @@ def evaluate(rollout, clips, numbers, num_context, vae=None, networks=None, worl
     the dream, and under copy_, wrong_ and, with a VAE, vae_ of the baselines. fid and fvd are
     features [num_clips, n, d], also under truth_. A world adds the scores of objects.compare.
     """
-    if len(numbers) < 2:
-        raise UserError('only one clip to evaluate: the wrong actions are those of another')
+    check_enough(numbers)
     metrics = {'psnr': psnr, 'ssim': ssim} | (networks or {})
 
     def in_pixels(x):
@@ -87,6 +87,12 @@ def evaluate(rollout, clips, numbers, num_context, vae=None, networks=None, worl
     bar.close()
     shares = machine.gather({name: torch.cat(parts) for name, parts in scores.items()})
     return {name: torch.cat([part[name] for part in shares])[:len(numbers)] for name in scores}
+
+
+def check_enough(numbers):
+    if len(numbers) < 2:
+        raise UserError(f'{len(numbers)} clip to evaluate: expected 2 or more, as the wrong '
+                        "actions are another clip's")
 
 
 def score(predictions, truth, metrics, world=None):
@@ -169,8 +175,7 @@ def table(name, means, intervals):
 
 def table_of_objects(world, results):
     """Markdown: of each object whether it is there, and where it should be."""
-    rows = {'': ['found, %', f'distance of {world.SIDE:g}, median', '90th percentile',
-                 f'within {world.NEAR:g}, %', 'IoU, median']}
+    rows = {'': objects.columns(world)}
     for thing in world.OBJECTS:
         for label, prefix in {'dream': '', **BASELINES}.items():
             if prefix + thing in results:
@@ -190,8 +195,8 @@ def plot_horizon(path, results, num_context):
         if not thing.startswith(tuple(BASELINES.values())):
             title = f'{thing}: found and near, shares of the clips, and the median IoU'
             panels[title] = {}
-            for key in ('found', 'near', 'iou'):
-                panels[title][key] = dict(enumerate(scores['per_frame'][key], start=num_context))
+            for label, key in {'found': 'found', 'near': 'near', 'IoU': 'iou'}.items():
+                panels[title][label] = dict(enumerate(scores['per_frame'][key], start=num_context))
     plot(path, panels, 'frame of the clip')
 
 

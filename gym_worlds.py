@@ -1,10 +1,11 @@
 """Any Gymnasium environment as a dataset of frames and actions.
 
+    python data.py gym --env=CarRacing-v3 --name=carracing --repeat=4 --policy=my_file.py:drive
     python data.py gym --env=PongNoFrameskip-v4 --import=ale_py --name=pong --repeat=4
 
 The picture is the observation where that is one, as in CarRacing and Atari, and else what the
 environment renders as rgb_array. An action is flattened to numbers: a Box is itself, a choice among
-n is one-hot. An episode depends on its seed alone.
+n is one-hot. An episode depends on its seed alone: its environment and its policy draw from that.
 """
 import functools
 import os
@@ -20,8 +21,8 @@ MEANINGS = {  # of the numbers of an action, for environments that do not say th
 }
 KEYS = {  # that a player holds for what an action means; others are digits
     'LEFT': 'ArrowLeft', 'RIGHT': 'ArrowRight', 'UP': 'ArrowUp', 'DOWN': 'ArrowDown',
-    'FIRE': 'Space',
-    'left engine': 'ArrowLeft', 'right engine': 'ArrowRight', 'main engine': 'ArrowUp',
+    'FIRE': 'Space', 'left engine': 'ArrowLeft', 'right engine': 'ArrowRight',
+    'main engine': 'ArrowUp',
 }
 
 
@@ -38,11 +39,24 @@ def make(name, module, **options):
     gymnasium = extra('gymnasium')
     if not name:
         raise UserError('which environment? Say --env=CarRacing-v3, or another of Gymnasium')
-    register(module)
     try:
+        register(module)
         return gymnasium.make(name, disable_env_checker=True, **options)
+    except UserError:
+        raise
     except Exception as e:  # an environment may raise anything; gymnasium says what is missing
-        raise UserError(f'{name}: {type(e).__name__}: {" ".join(str(e).split())}') from e
+        message = ' '.join(str(e).split())
+        raise UserError(f'{name}: {type(e).__name__}: {message}') from e
+
+
+def make_seen(name, module):
+    """An environment, and whether its observations are its pictures. Raises UserError."""
+    env = make(name, module)
+    space = env.observation_space
+    if space.dtype == np.uint8 and len(space.shape) == 3 and space.shape[2] == 3:
+        return env, True
+    env.close()
+    return make(name, module, render_mode='rgb_array'), False
 
 
 @functools.cache  # once in each process
@@ -65,29 +79,29 @@ def run_file(setting, path):
 def load_policy(text):
     """The function of 'file.py:function'. Raises UserError."""
     path, _, name = text.rpartition(':')
-    functions = run_file('policy', path) if os.path.isfile(path) else {}
-    if name not in functions:
-        raise UserError(f'policy={text}: expected a file and a function (observation, rng) of it, '
-                        'like my_file.py:function')
+    if not path.endswith('.py') or not os.path.isfile(path):
+        raise UserError(f'policy={text}: expected a file and a function of it, my_file.py:function')
+    functions = run_file('policy', path)
+    if not callable(functions.get(name)):
+        raise UserError(f'policy={text}: {path} has no function {name}(observation, rng)')
     return functions[name]
 
 
 def play(settings, seed):
     """(frames [T] of uint8 [H,W,3], actions float32 [T-1,A]) of one episode.
 
-    It ends with `steps` frames, or by itself: before `shortest`, a ValueError is raised.
+    It ends when the environment says so, or with `steps` frames. Raises ValueError if that was
+    before `shortest`.
     """
-    # anew: some remember episodes
-    env = make(settings['env'], settings['import_'], render_mode='rgb_array')
-    space = env.observation_space
-    observed = space.dtype == np.uint8 and len(space.shape) == 3 and space.shape[2] == 3
+    env, observed = make_seen(settings['env'], settings['import_'])  # anew: some remember episodes
     env.action_space.seed(seed)
     flatten = extra('gymnasium').spaces.flatten
     rng = np.random.default_rng([seed, 1])  # not the environment's own stream
     policy = load_policy(settings['policy']) if settings['policy'] else None
 
     observation, _ = env.reset(seed=seed)
-    frames, actions, over = [], [], False
+    frames, actions = [], []
+    over = False
     while True:
         seen = observation if observed else env.render()
         frames.append(np.array(seen))
@@ -117,20 +131,21 @@ def describe(settings):
     """What meta.json says about the actions: {'action_names': [A], 'controls': see controls.py}."""
     if settings['policy']:
         load_policy(settings['policy'])  # says now if something is wrong with it
-    env = make(settings['env'], settings['import_'])
+    env, _ = make_seen(settings['env'], settings['import_'])
     spaces = extra('gymnasium').spaces
     names = [f'number {i}' for i in range(spaces.flatdim(env.action_space))]
-    known = MEANINGS.get(env.spec.name, [])
+    known = MEANINGS.get(env.spec.name)
     if hasattr(env.unwrapped, 'get_action_meanings'):  # Atari's
         known = env.unwrapped.get_action_meanings()
-    if len(known) == len(names):
-        names = known
+    if known and len(known) == len(names):
+        names = list(known)
     controls = None  # of a Box, play.py finds its own: the arrows, and sliders
     if isinstance(env.action_space, spaces.Discrete):
         controls = discrete_controls(names)
     elif env.spec.name == 'CarRacing':
-        controls = dict(rest=[0, 0, 0], keys={'ArrowLeft': [-1, 0, 0], 'ArrowRight': [1, 0, 0],
-                                              'ArrowUp': [0, 1, 0], 'ArrowDown': [0, 0, 1]})
+        keys = {'ArrowLeft': [-1, 0, 0], 'ArrowRight': [1, 0, 0], 'ArrowUp': [0, 1, 0],
+                'ArrowDown': [0, 0, 1]}
+        controls = dict(rest=[0, 0, 0], keys=keys)
     return dict(action_names=names, controls=controls)
 
 

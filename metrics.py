@@ -32,7 +32,7 @@ WEIGHTS = {  # {network: (file in pretrained/ or in torch's cache, where it is p
 def psnr(a, b):
     """Peak signal-to-noise ratio in dB, one value for each frame."""
     mse = (a - b).square().mean(dim=(-3, -2, -1))
-    return (-10 * mse.log10()).clamp(max=MAX_PSNR)
+    return (-10 * torch.log10(mse.clamp(min=1e-12))).clamp(max=MAX_PSNR)
 
 
 def ssim(a, b, window=11, sigma=1.5):
@@ -51,7 +51,8 @@ def ssim(a, b, window=11, sigma=1.5):
         x = F.conv2d(x, weight[None, None, :, None])
         return F.conv2d(x, weight[None, None, None, :])
 
-    a, b = a.reshape(-1, 1, H, W), b.reshape(-1, 1, H, W)
+    a = a.reshape(-1, 1, H, W)
+    b = b.reshape(-1, 1, H, W)
     mean_a, mean_b = blur(a), blur(b)
     var_a = blur(a * a) - mean_a ** 2
     var_b = blur(b * b) - mean_b ** 2
@@ -108,8 +109,8 @@ def lpips_network(net, device, frame_size):
     """LPIPS (Zhang et al. 2018) on net = vgg or alex: (a, b) of [B,F,3,H,W] -> [B,F]."""
     import lpips
     layers = torch.load(find_weights(net), map_location='cpu', weights_only=True)
-    # the package has the few weights on top; the trunk is torchvision's, whose features.3.weight is
-    # slice1.3.weight here
+    # the package ships the few weights on top; the trunk is torchvision's, whose features.3.weight
+    # is slice1.3.weight here
     network = lpips.LPIPS(net=net, pnet_rand=True, verbose=False).to(device)
     trunk = {name: layers[re.sub('slice.', 'features', name)] for name in network.net.state_dict()}
     network.net.load_state_dict(trunk)
@@ -164,9 +165,11 @@ def load_networks(names, device, frame_size, num_frames, lpips_net='vgg'):
     for name in names:
         try:
             networks[name] = load[name]()
+        except (ImportError, RuntimeError) as e:  # the latter from a torchvision of another torch
+            # torchvision would bring the newest torch with it: ask for the one that is here
+            version = torch.__version__.split('+')[0]
+            absent[name] = f"{e}: pip install -e '.[eval]' torch=={version}"
         except Exception as e:  # whatever is wrong with one of them, the others are given
-            absent[name] = str(e).partition('\n')[0] or type(e).__name__
-            if isinstance(e, (ImportError, RuntimeError)):  # as of a torchvision of another torch
-                version = torch.__version__.split('+')[0]  # else pip would bring the newest torch
-                absent[name] += f": pip install -e '.[eval]' torch=={version}"
+            reason = str(e) or type(e).__name__
+            absent[name] = reason.splitlines()[0]
     return networks, absent

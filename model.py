@@ -34,7 +34,7 @@ class NanoWMConfig:
     patch_size: int = 2
     in_channels: int = 4
     hidden_size: int = 768
-    depth: int = 12  # blocks, spatial and temporal together: 2 or more
+    depth: int = 12  # blocks, spatial and temporal together
     num_heads: int = 12
     num_frames: int = 4  # the window: the longest clip the model sees at once
     action_dim: int = 7  # numbers per frame of the model; 0 for one without actions
@@ -46,6 +46,8 @@ class NanoWMConfig:
         size = self.input_size
         self.input_size = (size, size) if isinstance(size, int) else tuple(size)
         check_choice('injection', self.injection, INJECTIONS)
+        if self.depth < 2:
+            raise UserError(f'depth={self.depth}: expected 2 or more, one for space and one for time')
         if any(side % self.patch_size for side in self.input_size):
             raise UserError(f'input_size={self.input_size} does not divide into patches of '
                             f'{self.patch_size}')
@@ -91,7 +93,8 @@ class RMSNorm(nn.RMSNorm):
 def by_patch(x):
     """x [B,F,P,D] of frames -> [B,P,F,D] of patch positions, as attention in time wants it.
 
-    Copied: a Linear of a view is many small products, on a CPU two thirds of a bf16 dream's time.
+    Copied: without gradients a Linear of a view is many small products, in bf16 each with a copy of the
+    weight (two thirds of a dream's time on a CPU); of contiguous patches it is one.
     """
     return x.transpose(1, 2).contiguous()
 
@@ -454,9 +457,8 @@ class NanoWM(nn.Module):
         window = torch.arange(self.config.num_frames, device=x.device)
         if cache is None:
             window = places = window[:x.shape[1]]
-        a = actions = self.embed_actions(action, x, len(window))
-        if cache is not None:
-            a = actions[:, places]  # [B,F,D]
+        actions = self.embed_actions(action, x, len(window))
+        a = actions[:, places]  # [B,F,D]
         mask = None
         if self.config.causal:
             mask = places[:, None] >= window

@@ -1,9 +1,9 @@
 """Muon, the optimizer of the blocks' matrices (Jordan et al. 2024).
 
-A gradient's momentum has a few strong directions and many weak ones. Muon takes a step of the same
-length along each: it replaces the matrix's singular values by ones. torch.optim.Muon does so for
-one matrix at a time; here all of a shape go through the Newton-Schulz iteration together, which on
-a CPU takes a third of the time.
+A gradient's momentum is a matrix of a few strong directions and many weak ones. Muon takes a step of
+the same length along each: it replaces the momentum's singular values by ones. torch.optim.Muon does
+so for one matrix at a time; here all matrices of a shape go through the Newton-Schulz iteration
+together, which on a CPU takes a third of the time.
 """
 import math
 from collections import defaultdict
@@ -18,7 +18,8 @@ COEFFICIENTS = 3.4445, -4.7750, 2.0315
 
 
 class Muon(torch.optim.Optimizer):
-    """For whole matrices, not FSDP's parts; lr is one of AdamW's, as Liu et al. 2025 scale it."""
+    """For matrices only, whole ones (not FSDP's parts). Updates are scaled so that a learning rate of
+    AdamW's suits them (Liu et al. 2025)."""
 
     def __init__(self, matrices, lr, weight_decay=0.0, momentum=0.95):
         super().__init__(matrices, dict(lr=lr, weight_decay=weight_decay, momentum=momentum))
@@ -28,10 +29,7 @@ class Muon(torch.optim.Optimizer):
         for group in self.param_groups:
             weights = [p for p in group['params'] if p.grad is not None]
             gradients = [p.grad for p in weights]
-            for p in weights:
-                if not self.state[p]:
-                    self.state[p]['momentum_buffer'] = torch.zeros_like(p)
-            momenta = [self.state[p]['momentum_buffer'] for p in weights]
+            momenta = [self.momentum_of(p) for p in weights]
             torch._foreach_lerp_(momenta, gradients, 1 - group['momentum'])
             updates = torch._foreach_lerp(gradients, momenta, group['momentum'])  # Nesterov's
 
@@ -44,6 +42,12 @@ class Muon(torch.optim.Optimizer):
                 torch._foreach_mul_(matrices, 1 - group['lr'] * group['weight_decay'])
                 step = 0.2 * math.sqrt(max(shape)) * group['lr']
                 torch._foreach_add_(matrices, updates.unbind(), alpha=-step)
+
+    def momentum_of(self, p):
+        state = self.state[p]
+        if not state:
+            state['momentum_buffer'] = torch.zeros_like(p)
+        return state['momentum_buffer']
 
 
 def orthogonal(x):

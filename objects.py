@@ -12,25 +12,34 @@ LEAST, MOST = 0.5, 1.75  # times its true area, for an object to be found: a tra
 WIDEST = 1.5  # times its true spread: a smudge is too wide
 
 
+def shares(world, frames):
+    """frames [...,3,H,W] in [0, 1] -> {name: [...,H,W]}, the share of each of the world's COLOURS.
+
+    Shares of three or four colours add up to 1: with red, green and blue these are four equations,
+    solved by least squares.
+    """
+    colours = np.array(list(world.COLOURS.values())).T / 255  # [3,colours]
+    solve = np.linalg.pinv(np.vstack([colours, np.ones(colours.shape[1])]))  # [colours,4]
+    mixed = np.einsum('kc,...chw->...khw', solve[:, :3], frames) + solve[:, 3:, None]
+    mixed = mixed.clip(0, 1)
+    return {name: mixed[..., k, :, :] for k, name in enumerate(world.COLOURS)}
+
+
 def find(world, frames):
     """frames [...,3,H,W] in [0, 1] -> {object: (found [...], place [...,2], mask [...,H,W])}.
 
     Places are (x, y) in the world's units; without the object they mean nothing.
     """
-    # red, green, blue, and that the shares add up to 1: four equations, solved by least squares
-    colours = np.array(list(world.COLOURS.values())).T / 255  # [3,colours]
-    solve = np.linalg.pinv(np.vstack([colours, np.ones(colours.shape[1])]))  # [colours,4]
-    shares = np.einsum('kc,...chw->...khw', solve[:, :3], frames) + solve[:, 3:, None]
-    shares = dict(zip(world.COLOURS, np.moveaxis(shares.clip(0, 1), -3, 0), strict=True))
-
     height, width = frames.shape[-2:]
     x = (np.arange(width) + 0.5) / width
     y = ((np.arange(height) + 0.5) / height)[:, None]
     edge = world.BORDER / world.SIDE
     inside = (abs(x - 0.5) < 0.5 - edge) & (abs(y - 0.5) < 0.5 - edge)
     seen = {}
-    for name, (area, spread) in world.OBJECTS.items():
-        share = shares[name]
+    for name, share in shares(world, frames).items():
+        if name not in world.OBJECTS:
+            continue
+        area, spread = world.OBJECTS[name]
         weight = np.where(inside & (share > FAINT), share, 0)
         total = weight.sum(axis=(-2, -1)).clip(1e-6)
         centre_x = (weight * x).sum(axis=(-2, -1)) / total
@@ -47,16 +56,19 @@ def find(world, frames):
 def compare(world, dreamed, truth):
     """Clips [B,F,3,H,W] in [0, 1] -> {'agent.found': [B,F], ...} for each object and measure.
 
-    NaN where the detector does not see the object in the truth, and for the distance also where it
-    does not in the dream.
+    Clip by clip, as the shares of many long ones would take gigabytes.
     """
-    # clip by clip, as the shares of many long ones would take gigabytes
-    clips = [compare_clip(world, *pair) for pair in zip(dreamed, truth, strict=True)]
+    pairs = zip(dreamed, truth, strict=True)
+    clips = [compare_clip(world, dream, original) for dream, original in pairs]
     return {name: np.stack([clip[name] for clip in clips]) for name in clips[0]}
 
 
 def compare_clip(world, dreamed, truth):
-    """The same of two clips [F,3,H,W]: {'agent.found': [F], ...}."""
+    """Frames [F,3,H,W] in [0, 1] -> {'agent.found': [F], ...}.
+
+    NaN where the detector does not see the object in the truth, and for the distance also where it
+    does not in the dream.
+    """
     result = {}
     theirs = find(world, truth)
     for name, (found, place, mask) in find(world, dreamed).items():
@@ -99,10 +111,19 @@ def statistic(measure, values):
     return float(np.median(values) if measure == 'iou' else values.mean())
 
 
+def columns(world):
+    return ['found, %', f'distance of {world.SIDE:g}, median', '90th percentile',
+            f'within {world.NEAR:g}, %', 'IoU, median']
+
+
 def cells(numbers):
-    """One object's row of evaluate.py's table, of summarise's numbers; the unknown is empty."""
+    """One object's row of a table, of summarise's numbers; what nobody knows is empty."""
     values = [numbers['found'], *numbers['distance'], numbers['near'], numbers['iou']]
+    percent = (True, False, False, True, False)
     text = []
-    for value, layout in zip(values, ('.1%', '.3g', '.3g', '.1%', '.3g'), strict=True):
-        text.append('' if value is None else f'{value:{layout}}'.rstrip('%'))
+    for value, is_share in zip(values, percent, strict=True):
+        if value is None:
+            text.append('')
+        else:
+            text.append(f'{100 * value:.1f}' if is_share else f'{value:.3g}')
     return text

@@ -7,6 +7,7 @@ import imageio.v3 as iio
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from configurator import extra
 from machine import write_whole
 
 RED, GREY, DARK = (230, 60, 50), (160, 160, 160), (40, 40, 40)
@@ -70,11 +71,12 @@ def write_picture(path, picture):
 
 
 def write_video(path, video, fps):
-    """Write uint8 [T,H,W,3] as a looping GIF, or as MP4 if the name says so."""
+    """Write uint8 [T,H,W,3] as a looping GIF, or as MP4 if the name says so. Raises UserError."""
     if not path.endswith('.mp4'):
         gif = iio.imwrite('<bytes>', video, extension='.gif', duration=1000 / fps, loop=0)
         write_whole(path, gif)
         return
+    extra('imageio_ffmpeg')
     height, width = video.shape[1:3]
     video = video[:, :height // 2 * 2, :width // 2 * 2]  # H.264 wants even sides
     iio.imwrite(path, video, fps=fps, codec='libx264', plugin='FFMPEG', macro_block_size=1)

@@ -28,10 +28,10 @@ from session import Session, gif
 
 MAX_BODY = 2 ** 16  # bytes of a request
 MAX_FRAMES = 16  # of a request
+PATIENCE = 5  # seconds that a frame may take to be read
 HEAD = struct.Struct('<If?xxx')  # of a frame: its age, milliseconds, whether the true episode is over
-HEADERS = {  # of every answer; the page loads nothing, and no other page may frame it
-    'Cache-Control': 'no-store',
-    'X-Content-Type-Options': 'nosniff',
+TEXT = 'text/plain; charset=utf-8'
+PAGE_HEADERS = {  # it loads nothing, and no other page may frame it
     'Content-Security-Policy': "default-src 'none'; connect-src 'self'; img-src data:; "
     "style-src 'unsafe-inline'; script-src 'unsafe-inline'; frame-ancestors 'none'"}
 
@@ -97,21 +97,23 @@ class Handler(BaseHTTPRequestHandler):
     disable_nagle_algorithm = True  # which would hold a frame back for 40 ms
     wbufsize = -1  # head and frame leave together
     timeout = 60  # seconds, for who sends half a request
+    server_version, sys_version = 'nanowm', ''
 
-    def answer(self):
+    def do_GET(self):
+        self.guard(self.send_page)
+
+    def do_POST(self):
+        self.guard(self.route)
+
+    def guard(self, answer):
         try:
             self.check_caller()
-            if self.command == 'GET' and self.path == '/':
-                self.send('text/html; charset=utf-8', self.server.page)
-            elif self.command == 'POST' and self.path in self.ROUTES:
-                self.ROUTES[self.path](self, self.read_request())
-            else:
-                raise Refused(404, f'there is {self.server.url}/ and nothing else')
-        except (Refused, UserError) as e:
+            answer()
+        except Refused as e:
             self.close_connection = True  # the request may not have been read to its end
-            self.send('text/plain; charset=utf-8', f'{e}\n'.encode(), getattr(e, 'status', 400))
-
-    do_GET = do_POST = answer
+            self.send(e.status, TEXT, f'{e}\n'.encode())
+        except UserError as e:
+            self.send(400, TEXT, f'{e}\n'.encode())
 
     def check_caller(self):
         """Only our page may ask: none of another origin, none whose name was made to point here."""
@@ -124,6 +126,16 @@ class Handler(BaseHTTPRequestHandler):
         if self.headers.get('Origin', own) != own:
             raise Refused(403, 'pages of other origins may not play here')
 
+    def send_page(self):
+        if self.path != '/':
+            raise Refused(404, f'there is {self.server.url}/ and nothing else')
+        self.send(200, 'text/html; charset=utf-8', self.server.page, PAGE_HEADERS)
+
+    def route(self):
+        if self.path not in self.ROUTES:
+            raise Refused(404, 'no such route')
+        self.ROUTES[self.path](self, self.read_request())
+
     def read_request(self):
         """The JSON object that was posted."""
         length = self.headers.get('Content-Length', '')
@@ -135,8 +147,8 @@ class Handler(BaseHTTPRequestHandler):
             raise Refused(415, 'expected application/json')
         try:
             request = json.loads(self.rfile.read(int(length)))
-        except (ValueError, RecursionError):
-            request = None
+        except (ValueError, RecursionError) as e:
+            raise Refused(400, 'expected JSON') from e
         if not isinstance(request, dict):
             raise Refused(400, 'expected a JSON object')
         return request
@@ -182,9 +194,7 @@ class Handler(BaseHTTPRequestHandler):
         """The session, told the request's action: the last one that was told counts."""
         session, action = self.session(request), request.get('action')
         wanted = len(session.least)
-        fits = isinstance(action, list) and len(action) == wanted
-        # JSON knows true, NaN and Infinity too
-        if not fits or not all(type(x) in (int, float) and abs(x) < 1e9 for x in action):
+        if not isinstance(action, list) or len(action) != wanted or not all(map(is_number, action)):
             raise Refused(400, f'action: expected a list of {wanted} numbers')
         session.action = action
         return session
@@ -202,7 +212,7 @@ class Handler(BaseHTTPRequestHandler):
             session.record()
             self.send_json({})
         else:
-            self.send('image/gif', gif(session.end_film()))
+            self.send(200, 'image/gif', gif(session.end_film()))
 
     ROUTES = {'/new': new, '/end': end, '/start': start, '/truth': truth, '/act': act, '/step': step,
               '/settings': settings, '/record': record}
@@ -221,35 +231,40 @@ class Handler(BaseHTTPRequestHandler):
                 body = HEAD.pack(session.dream.age, milliseconds, over)
                 body += b''.join(f.transpose(1, 2, 0).tobytes() for f in frames if f is not None)
                 if i == 0:
-                    self.send_head('application/octet-stream', count * len(body))
+                    self.send_head(200, 'application/octet-stream', count * len(body))
                 self.wfile.write(body)
                 self.wfile.flush()
 
         # sent by the thread that dreams: to wake another for each frame costs a tenth of the rate.
-        # It waits 5 seconds for a slow reader
-        self.connection.settimeout(5)
+        # It waits for no slow reader
+        self.connection.settimeout(PATIENCE)
         self.server.compute(dream)
         self.connection.settimeout(self.timeout)
 
     def send_json(self, answer):
-        self.send('application/json', json.dumps(answer).encode())
+        self.send(200, 'application/json', json.dumps(answer).encode())
 
-    def send(self, kind, body, status=200):
-        self.send_head(kind, len(body), status)
+    def send(self, status, kind, body, headers=None):
+        self.send_head(status, kind, len(body), headers)
         self.wfile.write(body)
 
-    def send_head(self, kind, length, status=200):
+    def send_head(self, status, kind, length, headers=None):
         self.send_response(status)
-        for key, value in HEADERS.items():
-            self.send_header(key, value)
-        self.send_header('Content-Type', kind)
-        self.send_header('Content-Length', str(length))
+        common = {'Content-Type': kind, 'Content-Length': length, 'Cache-Control': 'no-store',
+                  'X-Content-Type-Options': 'nosniff'}
+        for key, value in (common | (headers or {})).items():
+            self.send_header(key, str(value))
         if self.close_connection:
             self.send_header('Connection', 'close')
         self.end_headers()
 
     def log_message(self, *args):
         """No line for each frame."""
+
+
+def is_number(x):
+    """A bounded one: not what JSON calls NaN or Infinity, nor true."""
+    return type(x) in (int, float) and abs(x) < 1e9
 
 
 if __name__ == '__main__':

@@ -16,6 +16,7 @@ import re
 import shutil
 import statistics
 import sys
+import zipfile
 from collections import ChainMap
 from datetime import timedelta
 from functools import partial
@@ -106,8 +107,11 @@ def begin(path, settings):
     """Note what is being prepared, or compare with what was begun. Raises UserError."""
     settings = json.loads(json.dumps(settings))  # as it would be read
     if os.path.exists(path):
-        with open(path) as f:
-            begun = json.load(f)
+        try:
+            with open(path) as f:
+                begun = dict(json.load(f))
+        except (ValueError, TypeError) as e:
+            raise UserError(f'{path} is broken ({e}): delete {os.path.dirname(path)}') from e
         changed = [key for key in settings if settings[key] != begun.get(key)]
         if changed:
             raise UserError(f'{os.path.dirname(path)} was begun with other settings '
@@ -121,11 +125,14 @@ def say_cost(episodes, vae, size):
     batch = torch.zeros(1 if device == 'cpu' else 32, 3, *size, device=device)
     vae.encode(batch)  # the first time is slower
     rate = machine.WORLD_SIZE * len(batch) / machine.seconds(lambda: vae.encode(batch), device)
-    frames = sum(min(e.length, e.num_frames or e.length) for e in episodes)
-    count = f'about {frames:,}' if frames else 'each 1,000'  # of clips it is not known yet
-    hours = (frames or 1000) / rate / 3600
-    print(f'encoding {count} frames of {size[0]}x{size[1]} takes {hours:.2f} hours, at {rate:.1f} '
-          f'a second ({machine.WORLD_SIZE} x {machine.name_of(device)}); --episodes= tries a few')
+    lengths = [min(e.length, e.num_frames or e.length) for e in episodes if e.length > 0]
+    frames, whose = 1000, 'each 1,000'
+    if lengths:
+        frames = round(len(episodes) * statistics.mean(lengths))
+        whose = f'about {frames:,}'
+    print(f'encoding {whose} frames of {size[0]}x{size[1]} takes {frames / rate / 3600:.2f} hours, '
+          f'at {rate:.1f} a second ({machine.WORLD_SIZE} x {machine.name_of(device)}); '
+          '--episodes= tries a few')
 
 
 def prepare(out, settings, vae=None, workers=0):
@@ -151,15 +158,14 @@ def prepare(out, settings, vae=None, workers=0):
         files = [episode.name for episode in episodes]
         begin(f'{out}.partial/begun.json', settings | dict(vae=weights, files=files))
     machine.barrier()
-    left = [episode for path, episode in parts.items() if not os.path.exists(f'{path}.npz')]
-    if machine.RANK == 0 and vae and left:
-        say_cost(left, vae, settings['image_size'])
     mine = list(parts)[machine.RANK::machine.WORLD_SIZE]
     todo = [path for path in mine if not os.path.exists(f'{path}.npz')]
-    workers = min(workers, len(todo))
+    if machine.RANK == 0 and vae and todo:
+        left = [parts[path] for path in parts if not os.path.exists(f'{path}.npz')]
+        say_cost(left, vae, settings['image_size'])
     reading = DataLoader(
-        [parts[path] for path in todo], batch_size=None, num_workers=workers,
-        multiprocessing_context='spawn' if workers else None,
+        [parts[path] for path in todo], batch_size=None, num_workers=min(workers, len(todo)),
+        multiprocessing_context='spawn' if workers and todo else None,
         worker_init_fn=readers.start_worker,
         collate_fn=partial(recordings.read_episode, size=settings['image_size'],
                            how=settings['resize']))
@@ -176,6 +182,7 @@ def prepare(out, settings, vae=None, workers=0):
     errors = ChainMap(*machine.gather(errors))
     if machine.RANK == 0:
         assemble(out, parts, errors, settings)
+        lock.close()
     machine.barrier()
     machine.leave_processes()
 
@@ -188,7 +195,7 @@ def assemble(out, parts, errors, settings):
     whole = f'{out}.partial/whole'
     shutil.rmtree(whole, ignore_errors=True)  # what a killed run joined
     done = [path for path in parts if path not in errors]
-    shapes = {path: np.load(f'{path}.npz')['actions'].shape for path in done}
+    shapes = {path: read_part(path, 'actions').shape for path in done}
     width = statistics.mode([shape[1] for shape in shapes.values()] or [0])  # the usual one
     good, broken = {'train': [], 'val': []}, {}
     for path, episode in parts.items():
@@ -225,14 +232,23 @@ def assemble(out, parts, errors, settings):
           f'{len(broken)} broken ones skipped')
 
 
+def read_part(path, array):
+    """An array of a part. Raises UserError."""
+    try:
+        return np.load(f'{path}.npz')[array]
+    except (OSError, ValueError, LookupError, EOFError, zipfile.BadZipFile) as e:
+        raise UserError(f'{path}.npz is broken ({e}): delete it, and the same command makes it '
+                        'again') from e
+
+
 def join(target, parts, array, rows):
     """Write an array of all parts, one after the other, as one .npy file of so many rows."""
-    first = np.load(f'{parts[0]}.npz')[array]
+    first = read_part(parts[0], array)
     header = dict(descr=first.dtype.str, fortran_order=False, shape=(rows, *first.shape[1:]))
     with open(target, 'wb') as f:  # on a full disk, a mapped file would kill the process
         np.lib.format.write_array_header_1_0(f, header)
         for path in parts:
-            f.write(np.load(f'{path}.npz')[array])
+            f.write(read_part(path, array))
 
 
 # -----------------------------------------------------------------------------

@@ -28,7 +28,7 @@ from checkpoint import load_weights, read_checkpoint, restore_training, save_che
 from configurator import UserError, check_choices, check_context, configure
 from data import Clips, to_model
 from diffusion import Diffusion
-from evaluate import evaluate, summarise
+from evaluate import check_enough, evaluate, summarise
 from logger import Logger
 from machine import RANK, WORLD_SIZE
 from metrics import NETWORKS, load_networks
@@ -146,6 +146,7 @@ if real_data and frame_shape[0] != 3:  # only pictures and metrics need the deco
             print(f'no pictures of dreams and no metrics: {e}')
 networks = {}
 if metrics_every and can_look:  # what is missing is said now, not after an hour
+    check_enough(metric_clips)
     frame_size = val_clips.pixels(metric_clips[:1]).shape[-2:]
     networks, absent = load_networks(wanted, device, frame_size, num_frames - context_frames)
     for name, why in absent.items():
@@ -158,6 +159,7 @@ about = folder.about(config, global_batch, (train_clips.mean.tolist(), train_cli
 start = folder.starting_point(out_dir, resume, about)  # a checkpoint, or '' for a run that begins
 model = build_model(config, frame_shape, train_clips.action_dim)
 diffusion = Diffusion(pred_name, noise_schedule, zero_terminal_snr, snr_gamma=snr_gamma).to(device)
+diffusion.sample_timesteps((1, 1), timestep_sampling)  # refuses an unknown name now
 if init_from and not start:
     load_weights(model, read_checkpoint(locate(init_from))[0], init_from)
 num_parameters = sum(p.numel() for p in model.parameters())
@@ -336,7 +338,9 @@ for micro_batches in bar:
     weights_norm = machine.whole(torch.nn.utils.get_total_norm(weights).detach())
     means = machine.mean(torch.stack([loss_sum / steps, norm_sum / steps, weights_norm]))
     loss_mean, norm, weights_norm = means.tolist()
-    if not math.isfinite(loss_mean + weights_norm):  # weights can be lost before a loss shows it
+    # a weight that is not finite must not be saved, even if no loss has shown it yet
+    finite = math.isfinite(loss_mean) and math.isfinite(weights_norm)
+    if not finite or not (math.isfinite(norm) or scaler.is_enabled()):
         bar.close()
         kept = f'{latest} holds the last good step' if os.path.exists(latest) else 'nothing was saved'
         raise UserError(f'step {step}: loss {loss_mean}, gradient {norm}, weights {weights_norm}: not '
@@ -364,7 +368,8 @@ for micro_batches in bar:
             logger.picture(step, dream_picture())
     if due(metrics_every) and can_look:
         scores = evaluate(rollout, val_clips, metric_clips, context_frames, decoder, networks)
-        logger.log(step, **summarise(scores)['means'])
+        if master:
+            logger.log(step, **summarise(scores)['means'])
     clock, since = time.perf_counter(), step
     if stop:
         break

@@ -30,9 +30,10 @@ class Episode:
 
 
 def draw_episode(world, seed, size, goals='recorded', goal_steps=15, budget=0):
-    """An Episode that begins somewhere along the explorer's way; size is of the goal's picture.
+    """An Episode that begins somewhere along the explorer's way.
 
     goals: 'recorded' is where the explorer gets in goal_steps, 'random' is world.random_goal.
+    budget: 0 is twice goal_steps. size: of the goal's picture.
     """
     rng = np.random.default_rng([seed, 1])  # as readers.py explores
     world.reset(seed)
@@ -87,7 +88,7 @@ def act(method, agent, world, episode, film=None):
                 if reached or steps == episode.budget:
                     break
             if film is not None:
-                film.append((dreamed[i], world.render(agent.size[0]).transpose(1, 2, 0)))
+                film.append((dreamed[i], picture_of(world, agent)))
             if reached or steps == episode.budget:
                 return steps if reached else None
         mean = torch.cat([plan[execute:], torch.zeros_like(plan[:execute])])  # what is left of it
@@ -164,6 +165,10 @@ def arms(vary, planner, settings):
 # -----------------------------------------------------------------------------
 # what is shown
 
+def picture_of(world, agent):
+    return world.render(agent.size[0]).transpose(1, 2, 0)
+
+
 def films(method, agent, world, episodes):
     """Video uint8 [T,H,W,3]: what the plans dreamed, above what then happened, above the goal."""
     taken = []
@@ -171,14 +176,17 @@ def films(method, agent, world, episodes):
         film = []
         act(method, agent, world, episode, film)
         world.set_state(episode.start)
-        start = world.render(agent.size[0]).transpose(1, 2, 0)
+        start = picture_of(world, agent)
         taken.append([(start, start), *film])
     length = max(len(film) for film in taken)
-    taken = [film + film[-1:] * (length - len(film)) for film in taken]
-    dreamed, happened = np.moveaxis(np.array(taken), 2, 0)  # [B,T,H,W,3] each
-    goals = np.stack([episode.picture for episode in episodes]).transpose(0, 2, 3, 1)
-    rows = {'dream': dreamed, 'world': happened, 'goal': goals[:, None].repeat(length, axis=1)}
-    return side_by_side(rows, num_context=1)
+    rows = {'dream': [], 'world': [], 'goal': []}
+    for film, episode in zip(taken, episodes, strict=True):
+        film += [film[-1]] * (length - len(film))
+        dreamed, happened = zip(*film, strict=True)
+        rows['dream'].append(dreamed)
+        rows['world'].append(happened)
+        rows['goal'].append([episode.picture.transpose(1, 2, 0)] * length)
+    return side_by_side({label: np.array(clips) for label, clips in rows.items()}, num_context=1)
 
 
 # -----------------------------------------------------------------------------

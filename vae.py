@@ -23,7 +23,8 @@ from pickles import refusing
 
 WIDTHS = (128, 256, 512, 512)  # channels at full, half, quarter and eighth resolution
 SCALE = 0.18215  # brings Stable Diffusion's latents to unit variance
-CPU_PIXELS, GPU_PIXELS = 2 ** 16, 2 ** 20  # at once: 1 or 16 frames of 256x256, each in 64 MiB
+# pixels at once, 1 or 16 frames of 256x256: the largest activation takes 64 MiB a frame
+CPU_PIXELS, GPU_PIXELS = 2 ** 16, 2 ** 20
 FILE = 'diffusion_pytorch_model.safetensors'
 FOLDER = 'pretrained/sd-vae-ft-mse'
 # older files name the parts of attention otherwise
@@ -47,7 +48,7 @@ class ResnetBlock(nn.Module):
             self.conv_shortcut = nn.Conv2d(in_width, width, 1)
 
     def forward(self, x):
-        # one name and in place: an activation is freed once it is used
+        # one name and in place: an activation of 64 MiB is freed once it is used
         h = F.silu(self.norm1(x), inplace=True)
         h = self.conv1(h)
         h = F.silu(self.norm2(h), inplace=True)
@@ -143,8 +144,9 @@ def decoder(a, b, c, d):
 class VAE(nn.Module):
     """Both halves and the 1x1 convolutions between them; widths: channels at the four resolutions.
 
-    encode and decode take any leading dimensions and compute in chunks, without gradients, on the
-    device of the weights and in their dtype, also under autocast: bf16 leaves coloured speckle.
+    encode and decode take any leading dimensions, compute without gradients in the dtype of the
+    weights (also under autocast: bf16 leaves coloured speckle) and give a result on their device.
+    They work through the frames in chunks, so many frames need no more memory than one.
     """
 
     def __init__(self, widths=WIDTHS):
@@ -155,22 +157,31 @@ class VAE(nn.Module):
         self.post_quant_conv = nn.Conv2d(4, 4, 1)
 
     def encode(self, frames):
-        """Frames [...,3,H,W] in [-1,1] -> latents [...,4,H/8,W/8]: the posterior's mean * SCALE."""
+        """Frames [...,3,H,W] in [-1,1] -> latents [...,4,H/8,W/8]: the posterior's mean * SCALE.
+
+        Raises UserError where 8 does not divide H and W.
+        """
         H, W = frames.shape[-2:]
         if H % 8 or W % 8:
-            raise UserError(f'frames of {H}x{W}: the autoencoder needs multiples of 8')
-        moments = self.in_chunks(frames, H * W, self.encoder, self.quant_conv)
-        mean, log_variance = moments.chunk(2, dim=-3)
-        return mean * SCALE
+            raise UserError(f'frames of {H}x{W}: the autoencoder needs '
+                            'a height and width that are multiples of 8')
+
+        def encode_chunk(x):
+            mean = self.quant_conv(self.encoder(x))[:, :4]  # the other four are the log-variance
+            return mean * SCALE
+
+        return self.in_chunks(encode_chunk, frames, pixels=H * W)
 
     def decode(self, latents):
         """Latents [...,4,h,w] as encode gives them -> frames [...,3,8h,8w] in [-1,1]."""
-        z, pixels = latents.float() / SCALE, 64 * latents.shape[-2:].numel()
-        return self.in_chunks(z, pixels, self.post_quant_conv, self.decoder).clamp_(-1, 1)
+        def decode_chunk(z):
+            return self.decoder(self.post_quant_conv(z / SCALE)).clamp(-1, 1)
+
+        return self.in_chunks(decode_chunk, latents, pixels=64 * latents.shape[-2:].numel())
 
     @torch.no_grad()
-    def in_chunks(self, x, pixels, first, second):
-        """Two networks one after the other, on x [...,C,H,W] of frames with so many pixels."""
+    def in_chunks(self, f, x, pixels):
+        """f of x [...,C,H,W], as many frames of so many pixels at a time as fit."""
         weight, leading = self.quant_conv.weight, x.shape[:-3]
         limit = CPU_PIXELS if weight.device.type == 'cpu' else GPU_PIXELS
         chunks = x.reshape(leading.numel(), *x.shape[-3:]).split(max(1, limit // pixels))
@@ -178,8 +189,7 @@ class VAE(nn.Module):
         with torch.autocast(weight.device.type, enabled=False):
             for chunk in chunks:
                 chunk = chunk.to(weight)
-                chunk = chunk.contiguous(memory_format=torch.channels_last)  # faster on CPUs
-                out.append(second(first(chunk)))
+                out.append(f(chunk.contiguous(memory_format=torch.channels_last)))  # faster on CPUs
         return torch.cat(out).contiguous().view(*leading, *out[0].shape[1:])
 
 

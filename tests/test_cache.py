@@ -55,7 +55,7 @@ def test_cached_equals_plain_when_a_grid_is_finer_than_the_timesteps(schedule):
 
 
 @pytest.mark.parametrize('context', [1, 2])
-def test_a_context_of_one_row_equals_a_repeated_one(context):
+def test_a_shared_context_equals_a_repeated_one(context):
     model, d = tiny(injection='cross_attention'), Diffusion('x')
     x, action = torch.randn(3, 6, 3, 8, 12), torch.randn(3, 6, 3)
     x[:, :context], action[:, :context - 1] = x[:1, :context], action[:1, :context - 1]
@@ -64,9 +64,10 @@ def test_a_context_of_one_row_equals_a_repeated_one(context):
     repeated = dream(3, False)
     for cache in (True, False):
         assert torch.allclose(dream(1, cache), repeated, atol=1e-4)
-    if context > 1:  # other actions led to it: then it is not shared
+    if context > 1:
         action[1, 0] += 1
-        assert torch.allclose(dream(1, True), dream(3, False), atol=1e-4)
+        with pytest.raises(ValueError, match='shared'):
+            dream(1, True)
 
 
 @pytest.mark.parametrize('schedule, seen, moved', [

@@ -156,5 +156,5 @@ def test_each_mistake_is_one_line(args, message, tmp_path):
 
 
 def test_a_policy_that_is_not_in_its_file_is_named(room):
-    with pytest.raises(UserError, match='upwards: expected a file and a function'):
+    with pytest.raises(UserError, match='no function upwards'):
         gym_worlds.load_policy(f'{room}:upwards')

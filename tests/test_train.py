@@ -174,7 +174,7 @@ def test_a_script_prints_a_mistake_as_one_line():
 
 
 @pytest.mark.parametrize('option, line', [
-    ('--history=9', 'history=9: expected less than the 4 frames'),
+    ('--history=9', 'history=9: expected 1 to 3'),
     ('--format=avi', "format='avi': expected one of gif, mp4"),
     ('--actions=sample.py', 'not a readable .npy file'),
     ('--num_frames=1', 'num_frames=1: expected 2 to 100000'),
