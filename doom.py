@@ -4,6 +4,7 @@ The world of World Models (Ha & Schmidhuber 2018, arXiv 1803.10122). Bricks move
 fireballs come when they will, so there samples are right and means are not.
 """
 import os
+from multiprocessing import util
 
 import numpy as np
 from PIL import Image
@@ -43,6 +44,8 @@ class Doom:
         game.set_sound_enabled(False)
         game.set_doom_config_path(os.devnull)  # or it leaves a file of settings in this folder
         game.init()
+        # a worker of a DataLoader ends without deleting it, and would leave the game running
+        util.Finalize(self, game.close, exitpriority=0)
 
     def reset(self, seed):
         self.seed, self.taken = int(seed), []
