@@ -3,7 +3,7 @@ import machine
 
 out_dir = 'out/wall'
 dataset = 'data/wall'
-normalize_action = True  # a step is less than a tenth of the room: too small a number otherwise
+normalize_action = True  # an action is less than a tenth of the room: too small an input otherwise
 pred_name = 'x'  # a patch of 8x8x3 pixels is wider than the model, so noise could not get through it
 injection = 'adaln'  # a decibel more than additive after 1,200 steps
 patch_size = 8
@@ -11,7 +11,7 @@ hidden_size = 128
 depth = 5  # ends with a block in space
 num_heads = 4
 clean_history = 1.0  # every clip begins as rollouts do
-timestep_mean = 2.0  # with the std, half of the other frames are nearly noise: there the action is asked for
+timestep_mean = 2.0  # with the std, half of the other frames have t > 880: only the action tells them
 timestep_std = 4.0
 batch_size = 24
 max_steps = 2400
@@ -20,7 +20,7 @@ learning_rate = 5e-3  # small models bear more than the default
 warmup_steps = 100
 gradient_clip_norm = 1.0
 ema_decay = 0.995  # averages the last 200 steps
-dtype = machine.fast_dtype()  # of the CPU's products
+dtype = machine.fast_dtype()  # bf16 where the hardware multiplies in it
 val_every = 500
 latest_every = 500
 sample_steps = 1  # x needs few, and what follows an action is certain here

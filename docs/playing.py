@@ -2,7 +2,7 @@
 
     pip install playwright && apt-get install chromium
     PYTHONPATH=. python docs/playing.py --ckpt=out/wall
-    PYTHONPATH=. python docs/playing.py --ckpt=out/pusht --pictures=False
+    PYTHONPATH=. python docs/playing.py --ckpt=out/pusht_tiny --pictures=False
 """
 import io
 import os
