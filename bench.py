@@ -141,8 +141,7 @@ if __name__ == '__main__':
     diffusion = Diffusion(pred_name).to(device)
 
     if mode in ('train', 'all'):
-        fused = not device.startswith('mps')
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=fused)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
         frames, action = clips.batch(np.arange(batch_size) % len(clips))
         x0, action = to_model(frames, device), action.to(device)
 

@@ -1,14 +1,14 @@
 """The cached rollout: a causal model that runs each frame only as often as it changes.
 
-A frame sees itself and the past only, so what later frames need of a finished one, its keys and
-values in every temporal block, never changes. It is run one last time when it is finished, and
-they are kept. After that a denoising step costs only the frames that it moves.
+A frame sees itself and the past only. So once it is finished, its keys and values in every temporal
+block never change: the frame is run one last time, and they are kept. From then on a denoising step
+costs only the frames that it moves.
 """
 import math
 
 import torch
 
-CPU_PATCHES = 1024  # patches of finished frames run at once: what fits a CPU's cache is a sixth faster
+CPU_PATCHES = 1024  # run finished frames so many patches at a time: a sixth faster, as they fit into L2
 
 
 class KVCache:
@@ -46,7 +46,7 @@ class PlainModel:
 
         t [1,F]: the timesteps at which frames are shown. action [B,F,A] or None.
         """
-        return self.model(x, t.expand(len(x), -1), action)[:, moving]
+        return self.model(x, t, action)[:, moving]
 
 
 class CachedModel:
@@ -64,9 +64,9 @@ class CachedModel:
         self.finished = 0
 
     def __call__(self, x, t, action, moving):
-        """As PlainModel's. The first self.finished frames are in the cache for good; frames from there
-        to the first moving one enter it now; those that move are written to it too, and over again
-        at their next step."""
+        """As PlainModel's. The first self.finished frames are in the cache for good; those from there
+        to the first moving one have just been finished, and enter it now; the moving ones are written
+        too, and overwritten at their next step."""
         start = moving.start
         if self.shared_context:
             self.fill_from_one_row(x, t, action, start)
@@ -85,8 +85,9 @@ class CachedModel:
         """What all rows share is run for the first only."""
         row_action = None if action is None else action[:1]
         self.run(x[:1], t, row_action, slice(0, stop), skip=stop)
-        for block_cache in filter(None, self.cache):
-            block_cache.repeat_rows(len(x))
+        for block_cache in self.cache:
+            if block_cache:  # blocks in space have none
+                block_cache.repeat_rows(len(x))
         self.finished, self.shared_context = stop, False
 
     def run(self, x, t, action, frames, skip):

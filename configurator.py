@@ -5,8 +5,8 @@ line of dashes, each with a comment:
 
     # settings ---------------------------------------------------
     batch_size = 8  # clips per step [>= 1]
-    noise_schedule: str = None  # None is not set, and needs the annotation
-    resume: bool | str = False  # one or the other
+    noise_schedule: str = None  # a default of None needs its type
+    resume: bool | str = False  # either
     # ------------------------------------------------------------
     config = configure(globals())
 
@@ -30,7 +30,8 @@ from tqdm import tqdm
 
 BLOCK = re.compile(r'# settings -+\n(.*?)\n *# -{20,}', re.DOTALL)
 BOUND = r'\[((?:>=? |\S+ to )\S+)\]'
-LARGEST = 10 ** 15  # of the integers: greater ones are no longer exact as floats
+LARGEST = 10 ** 15  # of the integers: floats are exact up to 9 * 10 ** 15
+# key: annotation = default  # comment [bound], where annotation, comment and bound may be missing
 SETTING = re.compile(rf' *(\w+)(?:: (\w+(?: \| \w+)?))? = (.+?)(?:  # (.*?(?:{BOUND})?))?')
 
 
@@ -73,7 +74,7 @@ def extra(module):
 
 
 def print_one_line(kind, error, trace):
-    """For sys.excepthook: no traceback for a mistake of the user's, a disk's fault or Ctrl-C."""
+    """As sys.excepthook: one line, not a traceback, for a user's mistake, a disk's fault or Ctrl-C."""
     if issubclass(kind, (UserError, OSError, MemoryError)):
         line = str(error) or 'out of memory'
         tqdm.write(line, file=sys.stderr)  # on a line of its own, whatever bars there are
@@ -135,12 +136,13 @@ def parse(text, setting):
 
 def within(value, bound):
     """Whether a value keeps a bound like '>= 1', '> 0' or '0 to 1'."""
-    *low, sign, limit = bound.split()
+    if ' to ' in bound:
+        low, high = bound.split(' to ')
+        return float(low) <= value <= float(high)
+    sign, limit = bound.split()
     if sign == '>':
         return value > float(limit)
-    if sign == '>=':
-        return value >= float(limit)
-    return float(low[0]) <= value <= float(limit)
+    return value >= float(limit)
 
 
 def checked(key, value, settings, source):

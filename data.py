@@ -50,7 +50,7 @@ class Clips:
         self.mean, self.std = self.action_scale(normalize)
 
         span = (num_frames - 1) * frame_interval
-        starts = np.maximum(np.diff(self.episodes) - span, 0)  # too short an episode has none
+        starts = np.maximum(np.diff(self.episodes) - span, 0)  # an episode that is too short has none
         self.cumulative = np.concatenate([[0], np.cumsum(starts)])
         if len(self) == 0:
             raise UserError(f'{self.folder}: no episode has {span + 1} frames, which num_frames='
@@ -58,7 +58,7 @@ class Clips:
 
     def load(self, name, split=''):
         path = os.path.join(self.root, split or self.split, f'{name}.npy')
-        if not os.path.isfile(path):  # to open a pipe would take for ever
+        if not os.path.isfile(path):  # to open a pipe would block for ever
             raise FileNotFoundError(f'no file {name}.npy')
         return np.lib.format.open_memmap(path, mode='r')
 
@@ -81,7 +81,11 @@ class Clips:
                             '[N,C,H,W], actions float32 [N,A], episodes rising from 0 to N; '
                             f'found {found}')
         if self.split == 'val' and os.path.isfile(f'{self.root}/train/frames.npy'):
-            train = self.load('frames', 'train').shape[1:], self.load('actions', 'train').shape[1:]
+            try:
+                train = self.load('frames', 'train').shape[1:], self.load('actions', 'train').shape[1:]
+            except UNREADABLE as e:
+                raise UserError(f'{self.root}/train is incomplete or broken ({e}): '
+                                'make the dataset again') from e
             if train != (frames.shape[1:], actions.shape[1:]):
                 raise UserError(f'{self.folder}: frames {frames.shape[1:]} and actions {actions.shape[1:]}'
                                 f' are not of the size of those for training, {train[0]} and {train[1]}')
@@ -100,7 +104,7 @@ class Clips:
         if mean.shape not in ((), (self.actions.shape[1],)) or not usable.all():
             raise UserError(f'{self.folder}: normalising needs mean and std of {self.actions.shape[1]} '
                             'numbers, action_mean and action_std in meta.json')
-        std = np.where(std == 0, np.float32(1), std)  # of a number that never changes
+        std = np.where(std == 0, np.float32(1), std)  # a number that never changes is only shifted
         return mean, std
 
     def standardise(self, actions):
@@ -109,9 +113,8 @@ class Clips:
 
     @cached_property
     def action_meta(self):
-        """What is known of the actions, for checkpoints to keep: entries of meta.json, of which
-        action_range [A,4] is always there: least, 1st and 99th percentile, greatest of each number.
-        """
+        """What checkpoints keep of the actions: some entries of meta.json, and always action_range
+        [A,4]: the least, 1st percentile, 99th percentile and greatest of each number."""
         known = ('what', 'controls', 'action_names', 'action_range')
         about = {key: self.meta[key] for key in known if key in self.meta}
         if 'action_range' not in about:
@@ -132,7 +135,7 @@ class Clips:
         first, end = self.first_rows(clips)
         rows = first[:, None] + np.arange(self.num_frames * self.interval)
         frames = self.frames[rows[:, ::self.interval]]
-        # past the episode's end only the clip's last action is looked for, which the model drops
+        # only the clip's last action can lie past the episode's end, and the model never uses that one
         rows = np.minimum(rows, end[:, None] - 1)
         actions = self.standardise(self.actions[rows]).reshape(len(rows), self.num_frames, -1)
         if not np.isfinite(actions).all():
@@ -171,7 +174,9 @@ def to_model(frames, device='cpu'):
     if torch.device(device).type == 'cuda':
         frames = frames.pin_memory()  # without it non_blocking is of no use
     frames = frames.to(device, non_blocking=True)
-    return frames.float() / 127.5 - 1 if frames.dtype == torch.uint8 else frames.float()
+    if frames.dtype == torch.uint8:
+        return frames.float() / 127.5 - 1
+    return frames.float()
 
 
 def action_range(actions):

@@ -69,6 +69,8 @@ TARGETS = {  # alpha * b - sigma * a must not be 0 where there is noise: x0 and 
     'flow': Target(lambda alpha, sigma: (1, -1), 'straight', False, min_snr=False),
 }
 
+TIMESTEP_SAMPLING = ('logit_normal', 'uniform')
+
 # -----------------------------------------------------------------------------
 # sampling schedules: which frame is denoised when
 
@@ -78,13 +80,14 @@ SCHEDULES = ('sequential', 'full_sequence', 'pyramid')
 def schedule_matrix(schedule, num_frames, num_context, grid):
     """Timesteps [rows, num_frames]; each denoising step goes from one row to the next.
 
-    full_sequence denoises all frames together, sequential one after the other, and in pyramid each
-    frame is one step behind the one before: with one context frame and the grid (999, 499, -1)
+    full_sequence denoises all frames together, sequential one after the other; in pyramid each frame
+    is one step behind the one before it. One context frame, two dreamed, the grid (999, 499, -1):
 
-        -1  999  999        sequential has     -1  999  999
-        -1  499  999                           -1  499  999
-        -1   -1  499                           -1   -1  999
-        -1   -1   -1                           -1   -1  499, and so on
+        pyramid    -1  999  999        sequential    -1  999  999
+                   -1  499  999                      -1  499  999
+                   -1   -1  499                      -1   -1  999
+                   -1   -1   -1                      -1   -1  499
+                                                     -1   -1   -1
     """
     num_steps = len(grid) - 1
     delay = {'full_sequence': 0, 'pyramid': 1, 'sequential': num_steps}[schedule]
@@ -112,19 +115,18 @@ class Sampler:
         check_choice('schedule', self.schedule, SCHEDULES)
         check_choice('solver', self.solver, SOLVERS)
         check_choice('grid', self.grid, ('linear', 'logsnr'))
-        if self.num_steps < 1:
-            raise UserError(f'num_steps={self.num_steps}: expected 1 or more')
         if not 0 <= self.stabilization <= 1:
             raise UserError(f'stabilization={self.stabilization}: expected 0 to 1')
         if self.eta and self.solver != 'ddim':
             raise UserError(f'solver={self.solver!r}, eta={self.eta}: only ddim can add noise')
 
     def kept(self, window):
-        """How many frames stay as context when a window of so many slides. Raises UserError."""
-        if not 0 <= self.history < window:
-            raise UserError(f'history={self.history}: expected 1 to {window - 1}, '
+        """How many frames stay as context when the window slides. Raises UserError."""
+        history = self.history or window - 1
+        if not 1 <= history < window:
+            raise UserError(f'history={history}: expected 1 to {window - 1}, '
                             f'as the model sees {window} frames')
-        return self.history or window - 1
+        return history
 
 
 # -----------------------------------------------------------------------------
@@ -148,7 +150,7 @@ class Diffusion(nn.Module):
         native = target.noise_schedule, target.zero_terminal_snr
         if target.fixed and (noise_schedule, zero_terminal_snr) != native:
             raise UserError(f'pred_name={pred_name} needs noise_schedule={native[0]} and '
-                            f'zero_terminal_snr={native[1]}: where no signal is left, '
+                            f'zero_terminal_snr={native[1]}: where next to no signal is left, '
                             'x0 cannot be recovered from the noise')
         if target.noise_schedule == 'straight':
             noise_schedule = 'straight'  # flow is its path, whatever else is asked for
@@ -157,9 +159,10 @@ class Diffusion(nn.Module):
         self.snr_gamma = snr_gamma if target.min_snr else 0.0
         alpha, sigma = NOISE_SCHEDULES[noise_schedule](num_timesteps, zero_terminal_snr)
         self.alphas_cumprod = alpha ** 2
-        clean = torch.ones(1, dtype=torch.float64)  # entry 0 of the tables is t = -1
-        self.register_buffer('alpha', torch.cat([clean, alpha]).float(), persistent=False)
-        self.register_buffer('sigma', torch.cat([0 * clean, sigma]).float(), persistent=False)
+        # entry 0 of the tables is t = -1: all signal and no noise
+        alpha, sigma = nn.functional.pad(alpha, (1, 0), value=1.0), nn.functional.pad(sigma, (1, 0))
+        self.register_buffer('alpha', alpha.float(), persistent=False)
+        self.register_buffer('sigma', sigma.float(), persistent=False)
 
     # the path and the target
 
@@ -185,7 +188,7 @@ class Diffusion(nn.Module):
         """
         alpha, sigma = self.path(t.clamp(min=0))
         a, b = self.coefficients(alpha, sigma)
-        det = alpha * b - sigma * a  # epsilon: alpha, x: -sigma, v: 1, flow: -1
+        det = alpha * b - sigma * a  # epsilon: alpha, x: -sigma, flow: -1, v: 1 (alpha^2 + sigma^2)
         return (b * x_t - sigma * out) / det, (alpha * out - a * x_t) / det
 
     # training
@@ -197,7 +200,7 @@ class Diffusion(nn.Module):
         logit_normal is floor(sigmoid(N(mean, std)) * T) (Esser et al. 2024); with a std of 2.5 or
         more most frames are almost clean or almost noise, as in a rollout.
         """
-        check_choice('timestep_sampling', sampling, ('logit_normal', 'uniform'))
+        check_choice('timestep_sampling', sampling, TIMESTEP_SAMPLING)
         draw = (shape[0], 1) if per_clip else shape
         device = self.alpha.device
         if sampling == 'uniform':
@@ -207,16 +210,16 @@ class Diffusion(nn.Module):
         t = (u * self.num_timesteps).long()
         return t.clamp(max=self.num_timesteps - 1).expand(shape)
 
-    def with_clean_history(self, t, share, level, generator=None):
+    def with_clean_history(self, t, share, max_level, generator=None):
         """Timesteps t [B,F] in which a share of the clips begin with an almost clean history.
 
-        Their first frames, one to F-1 of them, get timesteps below `level`, a share of T. That is what
-        a rollout shows; drawn for each frame alone, a longer history is hardly ever clean as a whole.
+        Their first 1 to F-1 frames get timesteps below max_level * T, as in a rollout. Drawn frame by
+        frame, a longer history is hardly ever clean as a whole.
         """
         B, F = t.shape
         known = torch.randint(1, F, (B, 1), device=t.device, generator=generator)
         chosen = torch.rand(B, 1, device=t.device, generator=generator) < share
-        clean = torch.rand(B, F, device=t.device, generator=generator) * level * self.num_timesteps
+        clean = torch.rand(B, F, device=t.device, generator=generator) * max_level * self.num_timesteps
         history = torch.arange(F, device=t.device) < known
         return torch.where(chosen & history, clean.long(), t)
 
@@ -247,18 +250,19 @@ class Diffusion(nn.Module):
     # sampling
 
     def timesteps(self, num_steps, grid='linear'):
-        """A frame's way from noise to clean: integers [num_steps + 1] from T-1 down to -1."""
+        """A frame's way from noise to clean: num_steps + 1 integers from T-1 down to -1, T + 1 at most."""
         if grid == 'logsnr':
             return log_snr_grid(self, num_steps)
+        if num_steps < 1:
+            raise UserError(f'num_steps={num_steps}: expected 1 or more')
         even = torch.linspace(-1, self.num_timesteps - 1, num_steps + 1, dtype=torch.float64)
-        return even.long().unique().flip(0)  # there may be more steps than timesteps
+        return even.long().unique().flip(0)
 
     def ddim_step(self, x, t, s, out, previous=None, eta=0.0):
         """From timesteps t [B,F] to s: DDIM (Song et al. 2021), for flow Euler's step. Returns (x_s, x0).
 
         The network's guess of x0 is mixed again with its guess of the noise, at the lower level s; the
         next guess is better. eta replaces some of that noise by fresh (eq. 16, in alpha and sigma).
-        previous: for solvers that look back; this one does not.
         """
         x0, eps = self.invert(x, t, out)
         alpha, sigma = self.path(s)
@@ -267,8 +271,8 @@ class Diffusion(nn.Module):
             alpha_t, sigma_t = self.path(t.clamp(min=0))
             removed = (sigma_t ** 2 - (alpha_t / alpha * sigma) ** 2).clamp(min=0).sqrt()
             fresh = eta * sigma / sigma_t * removed
-            kept = (sigma ** 2 - fresh ** 2).clamp(min=0).sqrt()
-            x_s = alpha * x0 + kept * eps + fresh * torch.randn_like(x)
+            old = (sigma ** 2 - fresh ** 2).clamp(min=0).sqrt()
+            x_s = alpha * x0 + old * eps + fresh * torch.randn_like(x)
         stays = (t == s)[..., None, None, None]
         return torch.where(stays, x, x_s), x0
 
@@ -282,9 +286,10 @@ class Diffusion(nn.Module):
 
             frames 0-3: c d d d     frames 1-4: c c c d     frames 2-5: c c c d     ...
 
-        A context of one row serves all rows of action (equal as far as they lead to it). action may
-        be None. noise, context_noise: like the output, drawn when not given (context_noise may cover
-        the context only). options: Sampler's. Returns [B,num_frames,C,H,W], the context untouched.
+        A context of one row may serve many rows of action, which are then equal as far as they lead
+        to it. action may be None. noise, context_noise: like the output, drawn when not given
+        (context_noise may cover the context only). options: Sampler's. Returns [B,num_frames,C,H,W],
+        the context untouched.
         """
         sampler = Sampler(num_steps, **options)
         batch = len(context) if action is None else max(len(context), len(action))
@@ -309,9 +314,10 @@ class Diffusion(nn.Module):
         cached = sampler.cache and model.config.causal
         net = CachedModel(model, shared) if cached else PlainModel(model)
         while known < num_frames:
-            frames = slice(known - history, known + 1)
-            if known < window:
+            if known < window:  # the first window: all that fits is dreamed
                 frames = slice(0, min(window, num_frames))
+            else:  # it slides: the last frames, and one new
+                frames = slice(known - history, known + 1)
             num_context = known - frames.start
             acted = None if action is None else action[:, frames]
             levels = self.context_levels(num_context, sampler)
@@ -333,16 +339,16 @@ class Diffusion(nn.Module):
         return torch.full((1, num_context), level, device=self.alpha.device)
 
     def denoise(self, net, x, action, levels, context_noise, sampler):
-        """Denoise the frames of one window x [B,F,C,H,W] after its K context frames; returns all.
+        """Denoise the frames of one window x [B,F,C,H,W] after its K context frames.
 
         net: a PlainModel or CachedModel. levels: timesteps [1,K] at which the context is shown.
-        context_noise [B,K or more,C,H,W]: what it is noised with.
+        context_noise [B,K or more,C,H,W]: what it is noised with. Returns all F, the context noised.
         """
         K = levels.shape[1]
         grid = self.timesteps(sampler.num_steps, sampler.grid)
         matrix = schedule_matrix(sampler.schedule, x.shape[1], K, grid)
-        rows = matrix.to(x.device)  # the other stays on the CPU, where reading it waits for nothing
-        shown = rows.clone()
+        timesteps = matrix.to(x.device)  # matrix stays on the CPU, where reading it waits for nothing
+        shown = timesteps.clone()  # what the model is told: its context is slightly noised
         shown[:, :K] = levels
         context = self.add_noise(x[:, :K], levels, context_noise[:, :K])
         x = torch.cat([context, x[:, K:]], dim=1)
@@ -351,10 +357,10 @@ class Diffusion(nn.Module):
         for i in range(len(matrix) - 1):
             moves = (matrix[i] != matrix[i + 1]).nonzero()  # frames neither clean nor waiting
             moving = slice(int(moves[0]), int(moves[-1]) + 1)
-            t = rows[i:i + 1, moving]
-            s = rows[i + 1:i + 2, moving]
+            t, s = timesteps[i:i + 1, moving], timesteps[i + 1:i + 2, moving]
             out = net(x, shown[i:i + 1], action, moving).float()
-            previous = rows[max(i - 1, 0)][None, moving], x0[:, moving]  # for solvers that look back
+            before = max(i - 1, 0)
+            previous = timesteps[before:before + 1, moving], x0[:, moving]
             x[:, moving], x0[:, moving] = step(self, x[:, moving], t, s, out, previous, sampler.eta)
             if sampler.progress:
                 sampler.progress()
@@ -362,5 +368,5 @@ class Diffusion(nn.Module):
 
 
 # (diffusion, x, t, s, out, previous, eta) -> (x_s, x0)
-# previous: each frame's timestep and x0 one step ago
+# previous: each frame's timestep [1,F] and x0 [B,F,C,H,W] one step ago, which ddim has no use for
 SOLVERS = {'ddim': Diffusion.ddim_step, 'dpmpp': dpmpp_step}

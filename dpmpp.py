@@ -15,7 +15,7 @@ def log_snr(diffusion, t):
 
 
 def dpmpp_step(diffusion, x, t, s, out, previous, eta=0.0):
-    """From timesteps t [B,F] to s, of second order (algorithm 2). Returns (x_s, x0), as ddim_step.
+    """From timesteps t [B,F] to lower s, of second order (algorithm 2). Returns (x_s, x0) as ddim_step.
 
     It is DDIM with x0 extrapolated: D = x0 + h / (2 h_before) (x0 - x0_before), h a step in lambda.
     previous: (timesteps, x0) of each frame's step before this one; timesteps == t if there was none.

@@ -35,7 +35,7 @@ import numpy as np
 from PIL import Image
 
 import gym_worlds
-from configurator import check_choice
+from configurator import UserError
 from doom import Doom
 from pusht import PushT
 
@@ -236,5 +236,6 @@ WORLDS = {'wall': Wall, 'pusht': PushT, 'two_room': TwoRoom, 'swm_pusht': Stable
 
 def make_world(name):
     """A world, ready for reset. Raises UserError if it is unknown, or its simulator missing."""
-    check_choice('world', name, WORLDS)
+    if name not in WORLDS:
+        raise UserError(f'{name!r}: no such world; expected one of {", ".join(WORLDS)}')
     return WORLDS[name]()

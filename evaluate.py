@@ -266,7 +266,7 @@ if __name__ == '__main__':
     suffix = suffix_for(opened.ckpt)
     write_picture(f'{out_dir}/clips{suffix}.png', contact_sheet(rows, num_context))
 
-    text = table(Path(opened.ckpt).name, results['means'], results['intervals'])
+    text = table(Path(opened.ckpt).name or '.', results['means'], results['intervals'])
     if world:
         results['objects'] = objects.summarise(about_objects)
         text += f'\n\n{table_of_objects(world, results["objects"])}'

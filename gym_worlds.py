@@ -1,6 +1,6 @@
 """Any Gymnasium environment as a dataset of frames and actions.
 
-    python data.py gym --env=CarRacing-v3 --name=carracing --repeat=4 --policy=my_file.py:drive
+    python data.py gym --env=CarRacing-v3 --name=carracing --repeat=2 --policy=policies.py:drive
     python data.py gym --env=PongNoFrameskip-v4 --import=ale_py --name=pong --repeat=4
 
 The picture is the observation where that is one, as in CarRacing and Atari, and else what the

@@ -3,7 +3,7 @@
 Blocks alternate between space (even: attention among the patches of one frame) and time (odd:
 attention among the frames of one patch position, causal). The noise level and the action reach
 every block once per frame, and are broadcast over that frame's patches. Read `NanoWM.forward`
-first, then `Block`, then `Attention`. At a first reading pass over `cache`, `places`, `skip` and
+first, then `Block`, then `Attention`. On a first reading ignore `cache`, `places`, `skip` and
 `remember`, which serve cache.py.
 
 Shapes: B clips, F frames, P patches per frame, D hidden size, d = D / heads, A numbers per action.
@@ -84,7 +84,7 @@ class ZeroLinear(nn.Linear):
 
 
 class RMSNorm(nn.RMSNorm):
-    """Stays in the dtype of its input under autocast; the fused kernel needs its weight in that too."""
+    """One that keeps its input's dtype under autocast; the fused kernel wants the weight in it too."""
 
     def forward(self, x):
         return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
@@ -93,8 +93,8 @@ class RMSNorm(nn.RMSNorm):
 def by_patch(x):
     """x [B,F,P,D] of frames -> [B,P,F,D] of patch positions, as attention in time wants it.
 
-    Copied: without gradients a Linear of a view is many small products, in bf16 each with a copy of the
-    weight (two thirds of a dream's time on a CPU); of contiguous patches it is one.
+    Copied: on a view, and without gradients, torch runs a Linear as many small products, and in bf16
+    casts the weight for each: two thirds of a dream's time on a CPU. On a copy it is one product.
     """
     return x.transpose(1, 2).contiguous()
 
@@ -188,9 +188,9 @@ def rotate(x, cos, sin):
 class Axis:
     """What attention has to know of its axis besides x: space (patches of a frame) or time (frames)."""
     rope: tuple  # cos and sin [L,d] of the L positions that x has along the axis
-    mask: torch.Tensor = None  # [L,K], true where a position sees another; None is everywhere
-    is_causal: bool = False  # the mask is a triangle, as fused kernels have it built in
-    actions: torch.Tensor = None  # time: [B,K,D] embedded, of the window's first K frames
+    mask: torch.Tensor = None  # [L,W], true where a position sees another of W; None is everywhere
+    is_causal: bool = False  # the mask is a lower triangle: fused kernels have that one built in
+    actions: torch.Tensor = None  # time: [B,K,D] embedded, of the window's first K <= W frames
     places: torch.Tensor = None  # time: [L], which frames of the window x has
 
     def __getitem__(self, part):
@@ -207,7 +207,7 @@ def attend(q, k, v, axis):
         scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
         return scores.masked_fill(~mask, -math.inf).softmax(dim=-1) @ v
     if axis.is_causal:
-        mask = None
+        mask = None  # the kernel takes one or the other
     B = len(q)
     q, k, v = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)  # fused kernels want 4 dimensions
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=axis.is_causal)
@@ -274,14 +274,14 @@ class CrossAttention(nn.Module):
         if not self.temporal:
             v = self.kv(a).chunk(2, dim=-1)[1]
             return self.proj(v)[:, :, None]
-        B, N, P, D = x.shape
+        P = x.shape[2]
         k, v = self.kv(axis.actions).chunk(2, dim=-1)  # [B,K,D], shared by all patches of a frame
         mask = axis.mask
         if mask is not None:  # actions may be given for the beginning of the window only
             mask = mask[:, :k.shape[1]].repeat_interleave(P, dim=0)  # [F*P,K]
         q = self.heads(self.q(x).flatten(1, 2))
-        x = F.scaled_dot_product_attention(q, self.heads(k), self.heads(v), attn_mask=mask)
-        return self.proj(x.transpose(1, 2).reshape(B, N, P, D))
+        out = F.scaled_dot_product_attention(q, self.heads(k), self.heads(v), attn_mask=mask)
+        return self.proj(out.transpose(1, 2).reshape(x.shape))  # from [B,heads,F*P,d]
 
 
 # -----------------------------------------------------------------------------
@@ -454,10 +454,11 @@ class NanoWM(nn.Module):
         """
         x = self.x_embedder(x) + self.pos_embed  # [B,F,P,D]
         c = self.t_embedder(sinusoids(t.clamp(min=0)))  # [B,F,D]
-        window = torch.arange(self.config.num_frames, device=x.device)
         if cache is None:
-            window = places = window[:x.shape[1]]
-        actions = self.embed_actions(action, x, len(window))
+            window = places = torch.arange(x.shape[1], device=x.device)
+        else:
+            window = torch.arange(self.config.num_frames, device=x.device)
+        actions = self.embed_actions(action, x, len(window))[:, :len(window)]
         a = actions[:, places]  # [B,F,D]
         mask = None
         if self.config.causal:
@@ -475,11 +476,12 @@ class NanoWM(nn.Module):
                     return None
                 x, c, a, time = x[:, skip:], c[:, skip:], a[:, skip:], time[skip:]
             axis = time if block.temporal else space
-            x = block(x, c, a, axis, cache and cache[i])
+            block_cache = cache[i] if cache else None
+            x = block(x, c, a, axis, block_cache)
         return self.final_layer(x, c)
 
     def embed_actions(self, action, x, num_frames):
-        """[B,F,D]: to each frame belongs the action before it, and to frame 0 an exact zero."""
+        """[B,F,D]: to each frame belongs the action before it, and to the first an exact zero."""
         if action is None or not self.config.action_dim:
             return x.new_zeros(len(x), num_frames, x.shape[-1])
         return F.pad(self.action_embedder(action[:, :-1]), (0, 0, 1, 0))

@@ -9,6 +9,7 @@ import os
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from tqdm import tqdm
 
 import run
@@ -71,26 +72,32 @@ if __name__ == '__main__':
     else:
         check_context(num_context, num_frames)
         clips = opened.held_out(num_context + 1)
-        rows = np.sort(np.diff(clips.episodes))[::-1][:num_clips]  # of the longest recordings
-        recorded = (int(rows[-1]) - 1) // clips.interval + 1
-        clips = opened.held_out(min(num_frames, max(num_context + 1, recorded)))
+        lengths = np.diff(clips.episodes)
+        wanted = min(num_clips, (lengths > num_context * clips.interval).sum())
+        recorded = min(num_frames, (int(lengths.max()) - 1) // clips.interval + 1)
+        most = 1 if clips.meta.get('fixed_starts') else None  # starts that a recording has
+        # as much truth as leaves a start for every clip
+        while np.clip(lengths - (recorded - 1) * clips.interval, 0, most).sum() < wanted:
+            recorded -= 1
+        clips = opened.held_out(recorded)
     numbers = clips.fixed(num_clips, seed=seed)
     frames, action = clips.batch(numbers)
     if actions:
-        own = torch.from_numpy(clips.standardise(own)).flatten(1).expand(len(frames), -1, -1)
-        nothing = own.new_zeros(len(frames), 1, own.shape[2])  # done at the last frame
-        action = torch.cat([action[:, :num_context - 1], own, nothing], dim=1)
+        chosen = torch.from_numpy(clips.standardise(own)).flatten(1)  # [steps,interval*A]
+        chosen = F.pad(chosen, (0, 0, 0, 1))  # what is done at the last frame leads to no frame
+        chosen = chosen.expand(len(frames), -1, -1)
+        action = torch.cat([action[:, :num_context - 1], chosen], dim=1)
     else:
         action = action[:, torch.arange(num_frames) % (clips.num_frames - 1)]
     frames = to_model(frames, opened.device)
-    unknown = frames.new_zeros(len(frames), num_frames - clips.num_frames, *frames.shape[2:])
-    frames = torch.cat([frames, unknown], dim=1)
+    to_come = frames.new_zeros(len(frames), num_frames - clips.num_frames, *frames.shape[2:])
+    frames = torch.cat([frames, to_come], dim=1)
 
     torch.manual_seed(seed)  # what eta draws on the way
     rows = {}
     if not actions:
         truth = clips.pixels(numbers).movedim(2, -1).numpy()
-        rows['truth'] = np.pad(truth, [(0, 0), (0, unknown.shape[1]), (0, 0), (0, 0), (0, 0)],
+        rows['truth'] = np.pad(truth, [(0, 0), (0, to_come.shape[1]), (0, 0), (0, 0), (0, 0)],
                                constant_values=255)
     for i in range(samples):
         with autocast(opened.device, opened.dtype):

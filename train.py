@@ -25,9 +25,9 @@ import folder
 import machine
 from bench import forward_flops
 from checkpoint import load_weights, read_checkpoint, restore_training, save_checkpoint, training_state
-from configurator import UserError, check_choices, check_context, configure
+from configurator import UserError, check_choice, check_choices, check_context, configure
 from data import Clips, to_model
-from diffusion import Diffusion
+from diffusion import TIMESTEP_SAMPLING, Diffusion
 from evaluate import check_enough, evaluate, summarise
 from logger import Logger
 from machine import RANK, WORLD_SIZE
@@ -57,13 +57,13 @@ num_frames = 4  # frames per clip, and the model's window [2 to 10000]
 context_frames = 1  # how many of them are given when it dreams [>= 1]
 frame_interval = 1  # keep every k-th frame; the k actions between are concatenated [1 to 10000]
 vae = ''  # decodes latents for pictures: '' is $VAE_MODEL_PATH or pretrained/sd-vae-ft-mse
-normalize_action = False  # by the training split's mean and std
-num_workers = 1  # threads that load batches ahead [1 to 256]
+normalize_action = False  # standardise by the training split's mean and std
+num_workers = 1  # threads that read batches ahead [1 to 256]
 real_data = True  # False trains on random numbers of the shapes below, to try a config without data
 frame_shape = (4, 32, 32)  # channels, height, width; without real_data
 action_dim = 7  # numbers per recorded frame; without real_data
 # model
-model_size = ''  # S, B, L or XL stands for a hidden_size, depth and num_heads, whatever these say
+model_size = ''  # S, B, L or XL: overrides hidden_size, depth and num_heads
 patch_size = 4  # [>= 1]
 hidden_size = 128  # [>= 4]
 depth = 4  # [2 to 1000]
@@ -81,7 +81,7 @@ timestep_mean = 0.0  # of the normal under logit_normal; higher is noisier
 timestep_std = 1.0  # 2.5 or more: most frames are almost clean or almost noise [>= 0]
 timestep_per_clip = False  # one noise level for all frames instead of one each
 clean_history = 0.0  # share of clips whose first frames are almost clean, as in a rollout [0 to 1]
-clean_level = 0.05  # how noisy these are at most, as a share of the timesteps [0 to 1]
+clean_level = 0.05  # their highest noise level, as a share of the timesteps [0 to 1]
 # optimisation
 batch_size = 8  # clips per process and micro-step [>= 1]
 grad_accum = 1  # micro-steps per step [>= 1]
@@ -102,7 +102,7 @@ keep_every = 10000  # and keep a numbered one; 0 is never [>= 0]
 keep_last = 0  # of the numbered ones only so many; 0 is all [>= 0]
 num_val_clips = 64  # [>= 1]
 metrics_every = 0  # evaluate.py's PSNR, SSIM and right-wrong gap; 0 is never [>= 0]
-metrics = ''  # besides these: some of lpips,fid,fvd, where their weights are
+metrics = ''  # and of lpips,fid,fvd those named here, if their weights are on this machine
 num_metric_clips = 16  # [>= 2]
 sample_steps = 50  # denoising steps per dreamed frame [1 to 1000]
 wandb = False  # log to Weights & Biases too
@@ -110,6 +110,7 @@ wandb_project = 'nanowm'
 # ------------------------------------------------------------------------------
 config = configure(globals())
 check_context(context_frames, num_frames)
+check_choice('timestep_sampling', timestep_sampling, TIMESTEP_SAMPLING)
 wanted = check_choices('metrics', metrics, NETWORKS)
 
 # setup: the machine
@@ -159,11 +160,10 @@ about = folder.about(config, global_batch, (train_clips.mean.tolist(), train_cli
 start = folder.starting_point(out_dir, resume, about)  # a checkpoint, or '' for a run that begins
 model = build_model(config, frame_shape, train_clips.action_dim)
 diffusion = Diffusion(pred_name, noise_schedule, zero_terminal_snr, snr_gamma=snr_gamma).to(device)
-diffusion.sample_timesteps((1, 1), timestep_sampling)  # refuses an unknown name now
 if init_from and not start:
     load_weights(model, read_checkpoint(locate(init_from))[0], init_from)
 num_parameters = sum(p.numel() for p in model.parameters())
-flops = 3 * forward_flops(model) * batch_size * grad_accum
+flops = 3 * forward_flops(model) * batch_size * grad_accum  # a backward pass costs two forward ones
 if grad_checkpoint:
     machine.recompute_activations(model)
 ema, models = model, [model]
@@ -181,8 +181,7 @@ matrices = set()
 if muon:
     matrices = {p for p in model.blocks.parameters() if p.ndim == 2}
 others = [p for p in weights if p not in matrices]
-fused = not device.startswith('mps')  # which has no fused AdamW
-optimizers = [torch.optim.AdamW(others, learning_rate, weight_decay=weight_decay, fused=fused)]
+optimizers = [torch.optim.AdamW(others, learning_rate, weight_decay=weight_decay, fused=True)]
 if muon:
     optimizers.append(Muon([p for p in weights if p in matrices], learning_rate, weight_decay))
 scaler = torch.amp.GradScaler(torch.device(device).type, enabled=dtype == 'fp16')
@@ -230,7 +229,7 @@ def batches(first):
     of the next steps are read, one step by each of the workers.
     """
     with ThreadPoolExecutor(num_workers) as loader:
-        ahead = deque(loader.submit(load, first + i) for i in range(num_workers))
+        ahead = deque(loader.submit(load, n) for n in range(first, min(first + num_workers, max_steps)))
         for n in range(first, max_steps):
             loaded = ahead.popleft().result()
             ahead.append(loader.submit(load, n + num_workers))
@@ -265,14 +264,15 @@ def rollout(frames, action, seed=0):
 
 
 def dream_picture():
-    """Held-out clips, truth above dream."""
-    truth, dreamed = to_model(val_frames[:8], device), rollout(val_frames[:8], val_action[:8])
+    """Held-out clips, truth above dream; every process calls it (FSDP)."""
+    truth = to_model(val_frames[:8], device)
+    dreamed = rollout(val_frames[:8], val_action[:8])
     rows = {'truth': to_pixels(truth, decoder), 'dream': to_pixels(dreamed, decoder)}
     return contact_sheet(rows, context_frames)
 
 
 def save(*paths):
-    """Every process helps to put together what FSDP has cut; the first one writes."""
+    """Every process calls it, as FSDP has cut the weights among them; the first one writes."""
     state = training_state(model, ema, optimizers)
     for path in paths:
         if master:
@@ -296,11 +296,12 @@ if master:
     print(folder.disk_space(out_dir, 4 * num_parameters * (2 + len(models)), config))
 
 # the loop ---------------------------------------------------------------------
-bar = tqdm(batches(step), desc=out_dir, total=max_steps, initial=step, unit='step',
-           dynamic_ncols=True, disable=not master)
+bar = tqdm(total=max_steps, initial=step, disable=not master, desc=out_dir, unit='step',
+           dynamic_ncols=True)
+stream = batches(step)
 loss_sum, norm_sum = torch.zeros((), device=device), torch.zeros((), device=device)
 clock, since, stop = time.perf_counter(), step, False
-for micro_batches in bar:
+for micro_batches in stream:
     lr = lr_at(step)
     for optimizer in optimizers:
         for group in optimizer.param_groups:
@@ -323,13 +324,13 @@ for micro_batches in bar:
         optimizer.zero_grad(set_to_none=True)
     scaler.update()
     if ema_decay:
-        # over few steps at first, to forget the untrained weights
+        # over few steps at first, so that the untrained weights are soon forgotten
         decay = min(ema_decay, (1 + step) / (10 + step))
         with torch.no_grad():
             torch._foreach_lerp_(ema_parameters, parameters, 1 - decay)
     step += 1
 
-    # below runs every few steps only: reading a number makes the CPU wait for the device
+    # the rest runs every few steps only: reading a number makes the CPU wait for the device
     stop = interrupt.agreed(step, device)
     events = (log_every, val_every, latest_every, keep_every, metrics_every)
     if not any(map(due, events)) and not stop:
@@ -340,7 +341,9 @@ for micro_batches in bar:
     loss_mean, norm, weights_norm = means.tolist()
     # a weight that is not finite must not be saved, even if no loss has shown it yet
     finite = math.isfinite(loss_mean) and math.isfinite(weights_norm)
-    if not finite or not (math.isfinite(norm) or scaler.is_enabled()):
+    if not scaler.is_enabled():  # in fp16 gradients may overflow: the scaler skips such a step
+        finite = finite and math.isfinite(norm)
+    if not finite:
         bar.close()
         kept = f'{latest} holds the last good step' if os.path.exists(latest) else 'nothing was saved'
         raise UserError(f'step {step}: loss {loss_mean}, gradient {norm}, weights {weights_norm}: not '
@@ -350,6 +353,7 @@ for micro_batches in bar:
         clips_per_s, mfu = speed * global_batch, speed * flops / rate
         logger.log(step, loss=loss_mean, grad_norm=norm, lr=lr, clips_per_s=clips_per_s, mfu=mfu)
         bar.set_postfix(loss=f'{loss_mean:.4f}', clips_s=f'{clips_per_s:.0f}', mfu=f'{mfu:.0%}')
+        bar.update(step - bar.n)
     loss_sum.zero_()
     norm_sum.zero_()
 
@@ -375,6 +379,7 @@ for micro_batches in bar:
         break
 
 bar.close()
+stream.close()  # and its threads
 logger.close()
 machine.leave_processes()
 if stop and step < max_steps:

@@ -133,6 +133,14 @@ def test_damage_to_a_dataset_gets_one_line(damage, line, tmp_path):
         clips.pixels([0])
 
 
+def test_validation_names_a_training_split_that_is_broken(tmp_path):
+    root = random_dataset(tmp_path / 'data', (3, 8, 8), action_dim=2, rows=20)
+    with open(f'{root}/train/frames.npy', 'wb') as f:
+        f.write(b'junk')
+    with pytest.raises(UserError, match='data/train is incomplete or broken'):
+        Clips(root, 'val', 2)
+
+
 @pytest.mark.parametrize('text', [
     '', '[]', 'null', '[' * 100_000, '{}', '{"action_mean": [0, 0]}', '{"action_mean": [0], "action_std": [1]}',
     '{"action_mean": "zero", "action_std": [1, 1]}', '{"action_mean": [0, 0], "action_std": [NaN, 1]}',

@@ -102,6 +102,10 @@ def test_bad_names_are_refused():
         d.sample(model, x, None, 4, 2, schedule='parallel')
     with pytest.raises(ValueError, match='history'):
         d.sample(model, x, None, 9, 2, history=4)
+    with pytest.raises(ValueError, match='history'):
+        d.sample(tiny(num_frames=1), x, None, 3, 2)  # no frame to go on from
+    with pytest.raises(ValueError, match='num_steps'):
+        d.timesteps(0)
 
 
 def test_a_model_overfits_one_clip():

@@ -69,6 +69,14 @@ def test_a_shorter_clip_is_the_start_of_a_longer_one():
         assert torch.allclose(model(x[:, :2], t[:, :2], a[:, :2]), model(x, t, a)[:, :2], atol=1e-5)
 
 
+@pytest.mark.parametrize('causal', [True, False])
+@pytest.mark.parametrize('injection', INJECTIONS)
+def test_actions_beyond_the_clip_are_not_heard(injection, causal):
+    model, (x, t, a) = tiny(injection=injection, causal=causal), inputs()
+    with torch.no_grad():
+        assert torch.allclose(model(x[:, :2], t[:, :2], a), model(x[:, :2], t[:, :2], a[:, :2]), atol=1e-5)
+
+
 def test_no_action_is_a_zero_embedding():
     model, (x, t, _) = tiny(), inputs()
     with torch.no_grad():

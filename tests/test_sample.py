@@ -1,5 +1,6 @@
 """Truths about sample.py: what is done at which frame, which actions are known, and what the pictures show."""
 import os
+import shutil
 
 import numpy as np
 import pytest
@@ -58,6 +59,16 @@ def test_where_a_recording_ends_its_actions_begin_again(trained, wall, tmp_path,
     truth = slice(0, 96), slice(LABEL, LABEL + 96)
     assert pixels(tmp_path / 'a.gif', 59)[truth].min() < 200
     assert (pixels(tmp_path / 'a.gif', 129)[truth] == 255).all()  # nobody knows it
+
+
+def test_a_recording_of_one_frame_shortens_no_others_truth(trained, wall, tmp_path, dreams):
+    root = shutil.copytree(wall, tmp_path / 'wall')
+    *starts, end = np.load(root / 'val' / 'episodes.npy')
+    np.save(root / 'val' / 'episodes.npy', np.array([*starts, end - 1, end]))
+    run('sample.py', f'--ckpt={trained}', f'--dataset={root}', f'--out={tmp_path}/a.gif', '--num_frames=16')
+    action, _ = dreams[0]
+    assert len(action) == 6 and action[:, :15].std(dim=1).min() > 0
+    assert (pixels(tmp_path / 'a.gif', 15)[:96, LABEL:LABEL + 96] < 200).any()
 
 
 def test_several_dreams_of_one_start_differ_by_their_noise(trained, tmp_path, dreams):
