@@ -10,6 +10,7 @@ patch_size = 8
 hidden_size = 128
 depth = 5  # ends with a block in space
 num_heads = 4
+snr_gamma = 0.0  # the min-SNR weight hides almost clean frames: with it a decibel less
 clean_history = 1.0  # every clip begins as rollouts do
 timestep_mean = 2.0  # with the std, half of the other frames have t > 880: only the action tells them
 timestep_std = 4.0
