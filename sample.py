@@ -72,14 +72,13 @@ if __name__ == '__main__':
     else:
         check_context(num_context, num_frames)
         clips = opened.held_out(num_context + 1)
-        lengths = np.diff(clips.episodes)
-        wanted = min(num_clips, (lengths > num_context * clips.interval).sum())
-        recorded = min(num_frames, (int(lengths.max()) - 1) // clips.interval + 1)
-        most = 1 if clips.meta.get('fixed_starts') else None  # starts that a recording has
-        # as much truth as leaves a start for every clip
-        while np.clip(lengths - (recorded - 1) * clips.interval, 0, most).sum() < wanted:
-            recorded -= 1
+        wanted = min(num_clips, (np.diff(clips.cumulative) > 0).sum())  # no more than recordings
+        longest = int(np.diff(clips.episodes).max())
+        recorded = min(num_frames, (longest - 1) // clips.interval + 1)
         clips = opened.held_out(recorded)
+        while len(clips.fixed(num_clips)) < wanted:  # as much truth as leaves a start for every clip
+            recorded -= 1
+            clips = opened.held_out(recorded)
     numbers = clips.fixed(num_clips, seed=seed)
     frames, action = clips.batch(numbers)
     if actions:

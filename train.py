@@ -229,10 +229,12 @@ def batches(first):
     of the next steps are read, one step by each of the workers.
     """
     with ThreadPoolExecutor(num_workers) as loader:
-        ahead = deque(loader.submit(load, n) for n in range(first, min(first + num_workers, max_steps)))
-        for n in range(first, max_steps):
+        steps = range(first, max_steps)
+        ahead = deque(loader.submit(load, n) for n in steps[:num_workers])
+        for n in steps:
             loaded = ahead.popleft().result()
-            ahead.append(loader.submit(load, n + num_workers))
+            if n + num_workers < max_steps:
+                ahead.append(loader.submit(load, n + num_workers))
             generator = torch.Generator(device).manual_seed(seed * 1_000_003 + n)
             t, noise = draw((global_batch, num_frames, *frame_shape), generator)
             mine = slice(RANK * grad_accum, (RANK + 1) * grad_accum)
