@@ -1,6 +1,9 @@
-"""Policies for data.py gym, where acting at random goes nowhere: (observation, rng) -> action.
+"""Policies for data.py, (observation, rng) -> action: where acting at random or exploring is not enough.
 
     python data.py gym --env=CarRacing-v3 --name=carracing --repeat=2 --policy=policies.py:drive
+    python data.py wall --name=wall_door --policy=policies.py:linger
+
+The worlds of envs.py have no observation: a policy is given the world itself.
 """
 import numpy as np
 
@@ -19,3 +22,18 @@ def drive(observation, rng):
     if rng.random() < 0.1:
         gas, brake = 0.0, rng.uniform(0, 0.3)
     return np.float32([np.clip(steer, -1, 1), gas, brake])
+
+
+def linger(wall, rng):
+    """Explore, but where the door's edge is near, try for it, now a hair inside and now outside.
+
+    The explorer meets the edge in one step of a hundred; there a rollout ends in one room or the other.
+    """
+    x, y = wall.pos
+    edge = wall.door + np.copysign(wall.HALF_DOOR - wall.RADIUS, y - wall.door)
+    inside = abs(x - 0.5) < wall.HALF_WALL + wall.RADIUS
+    if inside or max(abs(x - 0.5), abs(y - edge)) > 0.25 or rng.random() < 0.2:
+        return wall.explore(rng)
+    across = np.copysign(wall.MAX_STEP * rng.uniform(0.5, 1), 0.5 - x)
+    action = [across, edge - y + rng.normal(0, 0.01)]
+    return np.clip(action, -wall.MAX_STEP, wall.MAX_STEP).astype(np.float32)

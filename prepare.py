@@ -44,11 +44,11 @@ resize = 'stretch'  # pictures of another shape; or pad (black borders) or crop 
 episodes = 0  # at most so many; 0 is as many as the world says, or all there are [0 to 1000000]
 seed = 0  # [>= 0]
 workers = os.cpu_count() // int(os.environ.get('LOCAL_WORLD_SIZE', 1))  # that read; 0: none [0 to 256]
+policy = ''  # of a world: my_file.py:function, see policies.py; '' is its explorer, gym's is random
 # of gym, see gym_worlds.py
 env = ''  # id of a registered Gymnasium environment
 import_ = ''  # --import=ale_py: a module or file that registers more
 repeat = 1  # steps of the environment for each action [>= 1]
-policy = ''  # my_file.py:function, of (observation, rng); '' acts at random
 hold = 4.0  # steps that a random action is held for, on average [>= 1]
 steps = 200  # frames of the longest episode [>= 2]
 shortest = 16  # episodes of fewer frames are dropped [>= 2]

@@ -72,8 +72,10 @@ def played(settings):
     if name == 'gym':
         name, play_it = settings['env'], partial(gym_worlds.play, settings)
     else:
-        play_it = partial(play, name, height)
+        play_it = partial(play, name, height, settings['policy'])
         simulator(name)  # says now if it is not installed
+        if settings['policy']:
+            gym_worlds.load_policy(settings['policy'])  # says now if something is wrong with it
         if height != width:
             raise UserError(f'image_size={height},{width}: {name} draws square pictures')
     num_train = count - max(1, count // 10)
@@ -88,14 +90,15 @@ def played(settings):
 simulator = cache(envs.make_world)  # one for all episodes of this process
 
 
-def play(name, size, seed):
+def play(name, size, policy, seed):
     env = simulator(name)
+    act = gym_worlds.load_policy(policy) if policy else type(env).explore
     rng = np.random.default_rng([seed, 1])  # not reset's own stream
     env.reset(seed)
     frames, actions = [], []
     for _ in range(env.steps):
         frames.append(env.render(size).transpose(1, 2, 0))
-        actions.append(env.explore(rng))
+        actions.append(act(env, rng))
         env.step(actions[-1])
         if getattr(env, 'over', False):  # Doom's player is dead
             break

@@ -84,6 +84,15 @@ def test_a_world_is_one_class_in_one_table(tmp_path, monkeypatch):
     assert 'pendulum' in error('data.py', 'pong')
 
 
+def test_a_policy_of_ones_own_acts_in_a_world(tmp_path):
+    (tmp_path / 'mine.py').write_text('def upwards(world, rng):\n    return [0, -world.pos[1] / 10]\n')
+    command = ['data.py', 'wall', f'--out={tmp_path / "out"}', '--episodes=2', '--workers=0']
+    inline(*command, f'--policy={tmp_path / "mine.py"}:upwards')
+    actions = load_split(tmp_path / 'out', 'train')[1]
+    assert (actions[:, 0] == 0).all() and (actions[:, 1] < 0).all()
+    assert 'no function sideways' in error(*command, f'--policy={tmp_path / "mine.py"}:sideways')
+
+
 @pytest.mark.parametrize('by', [signal.SIGKILL, signal.SIGINT])
 def test_a_preparation_that_is_killed_goes_on_to_the_same_bytes(by, latent_wall, tmp_path):
     whole, killed = tmp_path / 'whole', tmp_path / 'killed'
