@@ -4,7 +4,6 @@ from config.pusht_tiny import *
 out_dir = 'out/doom'
 dataset = 'data/doom'
 max_steps = 10000
-snr_gamma = 0.0  # the min-SNR weight hides almost clean frames, from which bricks are learned
 context_frames = 2  # one frame does not say which way anything moves
 frame_interval = 2  # 8 tics, about a quarter of a second: a fireball takes five such frames to arrive
 normalize_action = False  # two buttons, 0 or 1

@@ -3,7 +3,6 @@ from config.wall import *
 
 out_dir = 'out/pusht_tiny'
 dataset = 'data/pusht'
-snr_gamma = 5.0  # as its figures were measured
 num_frames = 3  # leaves more clips for the same work than a longer window
 frame_interval = 3  # 0.3 s between frames; an action is 3 x 2 numbers
 hidden_size = 160

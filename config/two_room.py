@@ -7,7 +7,6 @@ frame_interval = 5  # as the judge's planner groups actions
 patch_size = 16  # of 16x16x3 pixels, six times as wide as the model: x it must be
 injection = 'adaln_fuse'  # learns to listen soonest
 num_frames = 6  # a start and a plan of five: the window need not slide
-snr_gamma = 0.0  # almost clean frames count in full: the agent, 0.6 % of the picture, is learned there first
 timestep_mean = 1.0
 timestep_std = 3.0
 batch_size = 16
