@@ -5,6 +5,7 @@ import pytest
 from configurator import UserError
 from doom import Doom
 from envs import WORLDS, Wall, make_world
+from policies import linger
 
 # packages that may be absent
 SIMULATORS = {'pusht': 'gym_pusht', 'two_room': 'stable_worldmodel',
@@ -94,3 +95,21 @@ def test_rendering_is_anti_aliased_and_the_same_picture_at_any_size():
     pooled = big.reshape(3, 32, 4, 32, 4).mean((2, 4))
     assert np.abs(pooled - small).mean() < 1.5
     assert len(np.unique(small[2])) > 8  # edges are blended
+
+
+def test_who_lingers_tries_the_doors_edge_more_often_than_the_explorer():
+    def tries(policy):
+        """Steps towards the door from outside it, within 0.01 of its edge."""
+        world, count = Wall(), 0
+        reach, gap = world.HALF_WALL + world.RADIUS, world.HALF_DOOR - world.RADIUS
+        for seed in range(20):
+            rng = np.random.default_rng(seed)
+            world.reset(seed)
+            for _ in range(world.steps):
+                (x, y), action = world.pos, policy(world, rng)
+                outside = abs(x - 0.5) >= reach > abs(x + action[0] - 0.5)
+                count += outside and abs(abs(y - world.door) - gap) < 0.01
+                world.step(action)
+        return count
+
+    assert tries(linger) > 3 * tries(Wall.explore) > 0
