@@ -54,6 +54,8 @@ class Wall:
             'ArrowUp': [0, -0.1], 'ArrowDown': [0, 0.1]}
 
     RADIUS, HALF_WALL, HALF_DOOR, MAX_STEP = 0.1, 0.04, 0.16, 0.14
+    GAP = HALF_DOOR - RADIUS  # the agent's room in the door, up and down
+    REACH = HALF_WALL + RADIUS  # closer to the middle than this only inside the door
     NEAR = 0.07  # of the room counts as reached, like DINO-WM's 4.5 of 65
     SIDE, BORDER = 1.0, 0.0
     COLOURS = {'agent': (225, 60, 50), 'wall': (60, 70, 90), 'floor': (235, 235, 235)}
@@ -80,9 +82,7 @@ class Wall:
     def step(self, action):
         x, y = self.pos
         dx, dy = np.clip(np.asarray(action, dtype=np.float64), -self.MAX_STEP, self.MAX_STEP)
-        r = self.RADIUS
-        gap = self.HALF_DOOR - r  # the agent's room in the door, up and down
-        reach = self.HALF_WALL + r  # closer to the middle than this only inside the door
+        r, gap, reach = self.RADIUS, self.GAP, self.REACH
         new_x = np.clip(x + dx, r, 1 - r)
         if abs(y - self.door) > gap and abs(x - 0.5) >= reach:
             if x < 0.5:
@@ -116,7 +116,7 @@ class Wall:
             self.goal = self.choose_goal(rng)
         to = self.goal - self.pos
         beyond = (self.pos[0] - 0.5) * (self.goal[0] - 0.5) < 0 and self.goal[1] == self.door
-        if beyond and abs(to[1]) >= self.HALF_DOOR - self.RADIUS:  # not in line with the door yet
+        if beyond and abs(to[1]) >= self.GAP:  # not in line with the door yet
             to[0] *= 0.3
         speed = self.MAX_STEP * rng.uniform(0.5, 1) / max(np.abs(to).max(), self.MAX_STEP)
         action = to * speed + rng.normal(0, 0.015, 2)

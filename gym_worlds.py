@@ -129,8 +129,6 @@ def play(settings, seed):
 
 def describe(settings):
     """What meta.json says about the actions: {'action_names': [A], 'controls': see controls.py}."""
-    if settings['policy']:
-        load_policy(settings['policy'])  # says now if something is wrong with it
     env, _ = make_seen(settings['env'], settings['import_'])
     spaces = extra('gymnasium').spaces
     names = [f'number {i}' for i in range(spaces.flatdim(env.action_space))]

@@ -1,4 +1,4 @@
-"""Policies for data.py, (observation, rng) -> action: where acting at random or exploring is not enough.
+"""Policies for data.py, (observation, rng) -> action: where chance or an explorer is not enough.
 
     python data.py gym --env=CarRacing-v3 --name=carracing --repeat=2 --policy=policies.py:drive
     python data.py wall --name=wall_door --policy=policies.py:linger
@@ -27,11 +27,11 @@ def drive(observation, rng):
 def linger(wall, rng):
     """Explore, but where the door's edge is near, try for it, now a hair inside and now outside.
 
-    The explorer meets the edge in one step of a hundred; there a rollout ends in one room or the other.
+    There a rollout ends in one room or the other, and the explorer tries it in one or two steps of a hundred.
     """
     x, y = wall.pos
-    edge = wall.door + np.copysign(wall.HALF_DOOR - wall.RADIUS, y - wall.door)
-    inside = abs(x - 0.5) < wall.HALF_WALL + wall.RADIUS
+    edge = wall.door + np.copysign(wall.GAP, y - wall.door)
+    inside = abs(x - 0.5) < wall.REACH
     if inside or max(abs(x - 0.5), abs(y - edge)) > 0.25 or rng.random() < 0.2:
         return wall.explore(rng)
     across = np.copysign(wall.MAX_STEP * rng.uniform(0.5, 1), 0.5 - x)

@@ -277,6 +277,8 @@ def complete(settings):
         settings['latents'] = False
         settings['episodes'] = settings['episodes'] or WORLDS[what].episodes
         size = size or str(WORLDS[what].image_size)
+        if settings['policy']:
+            gym_worlds.load_policy(settings['policy'])  # says now if something is wrong with it
     else:
         variable = readers.DATASETS[what].variable
         settings['root'] = settings['root'] or os.environ.get(variable, '')

@@ -74,8 +74,6 @@ def played(settings):
     else:
         play_it = partial(play, name, height, settings['policy'])
         simulator(name)  # says now if it is not installed
-        if settings['policy']:
-            gym_worlds.load_policy(settings['policy'])  # says now if something is wrong with it
         if height != width:
             raise UserError(f'image_size={height},{width}: {name} draws square pictures')
     num_train = count - max(1, count // 10)

@@ -101,14 +101,13 @@ def test_who_lingers_tries_the_doors_edge_more_often_than_the_explorer():
     def tries(policy):
         """Steps towards the door from outside it, within 0.01 of its edge."""
         world, count = Wall(), 0
-        reach, gap = world.HALF_WALL + world.RADIUS, world.HALF_DOOR - world.RADIUS
         for seed in range(20):
             rng = np.random.default_rng(seed)
             world.reset(seed)
             for _ in range(world.steps):
                 (x, y), action = world.pos, policy(world, rng)
-                outside = abs(x - 0.5) >= reach > abs(x + action[0] - 0.5)
-                count += outside and abs(abs(y - world.door) - gap) < 0.01
+                outside = abs(x - 0.5) >= world.REACH > abs(x + action[0] - 0.5)
+                count += outside and abs(abs(y - world.door) - world.GAP) < 0.01
                 world.step(action)
         return count
 
