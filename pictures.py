@@ -70,11 +70,15 @@ def write_picture(path, picture):
     write_whole(path, iio.imwrite('<bytes>', picture, extension='.png'))
 
 
+def gif_bytes(video, milliseconds):
+    """uint8 [T,H,W,3] as the bytes of a looping GIF. No viewer shows more than 50 frames a second."""
+    return iio.imwrite('<bytes>', video, extension='.gif', duration=max(20, milliseconds), loop=0)
+
+
 def write_video(path, video, fps):
     """Write uint8 [T,H,W,3] as a looping GIF, or as MP4 if the name says so. Raises UserError."""
     if not path.endswith('.mp4'):
-        gif = iio.imwrite('<bytes>', video, extension='.gif', duration=1000 / fps, loop=0)
-        write_whole(path, gif)
+        write_whole(path, gif_bytes(video, 1000 / fps))
         return
     extra('imageio_ffmpeg')
     height, width = video.shape[1:3]
@@ -127,7 +131,8 @@ def draw(ax, curves, ticks):
         if named:  # side by side, so that no error bar hides another
             x = np.arange(len(ticks)) + 0.1 * (i - (len(curves) - 1) / 2)
             dash = 'none'
-        values = np.reshape(list(points.values()), (len(points), -1))
+        values = np.array(list(points.values()), dtype=float)  # what nobody knows, None, is a gap
+        values = values.reshape(len(points), -1)
         mean, error = values[:, 0], values[:, 1:].sum(axis=1)  # without an error its bar is 0 high
         ax.errorbar(x, mean, error, color=colour, linestyle=dash, marker='o', markersize=4,
                     label=', '.join(names))

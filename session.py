@@ -4,7 +4,6 @@ import time
 from collections import deque
 from dataclasses import replace
 
-import imageio.v3 as iio
 import numpy as np
 import torch
 
@@ -14,7 +13,7 @@ from controls import controls_of, limits
 from data import to_model
 from diffusion import SOLVERS
 from dream import open_dream, recorded_start
-from pictures import side_by_side
+from pictures import gif_bytes, side_by_side
 
 MAX_STEPS = 250  # denoising steps a frame
 MAX_FILM = 300  # frames that are kept while recording: the last ones
@@ -64,7 +63,7 @@ class Session:
         self.world.reset(seed)
         self.states.append(self.world.get_state())
         for _ in range(self.opened.context_frames - 1):  # the frames that lead to the dream's first
-            self.simulate([self.world.explore(self.rng) for _ in range(self.clips.interval)])
+            self.simulate(self.world.explore(self.rng) for _ in range(self.clips.interval))
         return self.back_to_truth()
 
     def back_to_truth(self):
@@ -97,11 +96,13 @@ class Session:
         return dreamed, truth
 
     def simulate(self, actions):
-        """Actions [frame_interval,A] in the simulator."""
+        """Actions [frame_interval,A] in the simulator, each taken when the one before it is done."""
+        taken = []
         for action in actions:
             self.world.step(action)
+            taken.append(action)
         self.states.append(self.world.get_state())
-        self.acted.append(actions)
+        self.acted.append(taken)
 
     def new_seed(self):
         return int(self.rng.integers(2 ** 31))
@@ -150,6 +151,5 @@ def gif(film):
             rows[label] = np.stack(video)[None].transpose(0, 1, 3, 4, 2)  # [1,T,H,W,3]
     milliseconds = 100
     if len(times) > 1:
-        milliseconds = max(20, 1000 * float(np.median(np.diff(times))))  # viewers refuse less
-    video = side_by_side(rows, num_context=0, min_size=192)
-    return iio.imwrite('<bytes>', video, extension='.gif', duration=milliseconds, loop=0)
+        milliseconds = 1000 * float(np.median(np.diff(times)))
+    return gif_bytes(side_by_side(rows, num_context=0, min_size=192), milliseconds)

@@ -55,8 +55,9 @@ def test_curves_points_and_error_bars_are_drawn(tmp_path):
     lines = {('x', 'ddim'): {1: 1, 2: 2, 250: 3}, ('x', 'dpmpp'): {1: (1, 0.1), 2: (2, 0.1), 250: (3, 0.2)}}
     plot(str(tmp_path / 'lines.png'), {'PSNR, dB': lines, 'SSIM': lines}, 'steps', log_ticks=True)
     plot(str(tmp_path / 'points.png'), {'PSNR, dB': {'dream': {'adaln': (1, 0.2), 'film': (2, 0)}}})
+    plot(str(tmp_path / 'gap.png'), {'IoU': {'block': {1: 0.5, 2: None}, 'never seen': {1: None, 2: None}}})
     plot(str(tmp_path / 'own.png'), {'loss': {'training': {10: 3, 20: 2}, 'held-out clips': {20: 2}}})
-    assert {path.name for path in tmp_path.iterdir()} == {'lines.png', 'points.png', 'own.png'}
+    assert {path.name for path in tmp_path.iterdir()} == {'lines.png', 'points.png', 'gap.png', 'own.png'}
 
 
 def test_without_matplotlib_one_line_says_how_to_get_it(tmp_path, monkeypatch, capsys):
