@@ -12,12 +12,14 @@ import json
 import os
 import re
 import secrets
+import signal
 import struct
 import sys
 import time
 import webbrowser
 from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from multiprocessing import util
 from pathlib import Path
 
 import torch
@@ -281,7 +283,9 @@ if __name__ == '__main__':
     print(f'{server.url} (Ctrl-C ends it)', flush=True)
     if browser:
         webbrowser.open(server.url)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # the same as Ctrl-C
     try:
         server.serve_forever()
     except KeyboardInterrupt:
+        util._exit_function()  # ends Doom's game, which would go on without us
         os._exit(0)  # at once, whatever is being computed

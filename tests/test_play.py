@@ -713,6 +713,22 @@ def test_csgo_is_played_with_keys_and_mouse(tmp_path, visit):
         page.locator('.key[data-key=Mouse0]').hover()
         page.mouse.down()
         assert 11 in hot()
+        page.mouse.up()
+        page.keyboard.up('KeyW')
+        page.keyboard.up('Space')
+        page.keyboard.up('ArrowRight')
+
+        # on the dream itself, once the page has the pointer (there is none to lock here)
+        page.evaluate("Object.defineProperty(document, 'pointerLockElement', {value: at('dream')})")
+        page.locator('#dream').hover()
+        page.evaluate('moved.x = moved.y = 0')
+        for button in ('left', 'right'):
+            page.mouse.down(button=button)
+        assert hot() == [11, 12, 24, 43]
+        page.mouse.up(button='left')
+        assert hot() == [12, 24, 43]
+        page.mouse.up(button='right')
+        assert hot() == [24, 43]
 
 
 @pytest.fixture(scope='session')
