@@ -103,9 +103,11 @@ def plan_actions(model, diffusion, frame, goal, config, seed=0, **cem_options):
 if __name__ == '__main__':
     settings = configure(globals(), shared=run)
     check_choice('goals', goals, ('recorded', 'random'))
+    if settings['context_frames'] > 1:
+        raise UserError('context_frames: a plan begins from one frame, the one that is there')
     opened = run.open_run(settings)
     machine.join_processes()
-    out_dir = out_dir or run.output_folder(opened.ckpt)
+    out_dir = machine.under_results(out_dir or run.output_folder(opened.ckpt))
     run.make_folder(out_dir)
     options = {f.name: settings[f.name] for f in fields(Planner) if f.name in settings}
     # unlike a dream that people watch, a plan does well with one step
@@ -126,13 +128,12 @@ if __name__ == '__main__':
             score(agent, what, settings | {'out_dir': out_dir})
         sys.exit()
 
-    rows = {METHODS['plan']: ('plan', planner)}  # of the table: how to choose actions
-    if simulator:
-        rows = {METHODS['simulator']: ('simulator', planner)}
-    elif vary:
+    method = 'simulator' if simulator else 'plan'
+    rows = {METHODS[method]: (method, planner)}  # of the table: how to choose actions
+    if vary:
         every = read_settings(globals()) | read_settings(vars(run))
-        rows = {label: ('plan', varied) for label, varied in arms(vary, planner, every).items()}
-    elif baselines:
+        rows = {label: (method, varied) for label, varied in arms(vary, planner, every).items()}
+    elif baselines and not simulator:
         rows = {label: (method, planner) for method, label in METHODS.items()}
 
     world = envs.make_world(what)
@@ -143,7 +144,8 @@ if __name__ == '__main__':
     finished = os.path.join(out_dir, 'plan.partial')  # a file an episode: a killed run goes on there
     if RANK == 0:
         run.make_folder(finished)
-        begin(os.path.join(finished, 'settings.json'), settings)
+        weights = opened.model.final_layer.linear.bias.double().sum().item()  # tells trainings apart
+        begin(os.path.join(finished, 'settings.json'), settings | dict(weights=weights))
     machine.barrier()
     tasks = list(itertools.product(rows, range(len(episodes))))
     paths = {task: os.path.join(finished, f'{i:06d}.json') for i, task in enumerate(tasks)}
@@ -183,8 +185,8 @@ if __name__ == '__main__':
     shutil.rmtree(finished)
     print(f'{text}\n{out_dir}: plan.json and plan.md')
     if num_films:
-        agent.planner = planner
+        method, agent.planner = rows[first]
         with autocast(opened.device, opened.dtype):
-            video = films(rows[first][0], agent, world, episodes[:num_films])
+            video = films(method, agent, world, episodes[:num_films])
         write_video(os.path.join(out_dir, 'plan.gif'), video, fps=3)
         print(f'{out_dir}: plan.gif')

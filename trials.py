@@ -198,7 +198,7 @@ def wilson(successes, count, z=1.96):
     centre = share + z ** 2 / (2 * count)
     spread = z * math.sqrt(share * (1 - share) / count + z ** 2 / (4 * count ** 2))
     scale = 1 + z ** 2 / count
-    return (centre - spread) / scale, (centre + spread) / scale
+    return max(0.0, (centre - spread) / scale), min(1.0, (centre + spread) / scale)
 
 
 def percent(successes, count):
@@ -234,7 +234,8 @@ def by_distance(rows):
     """{label: summarise(...)} of a third of the episodes each: near, farther, far."""
     rows = sorted(rows, key=operator.itemgetter('distance'))
     thirds = {}
-    for part in np.array_split(rows, min(3, len(rows))):
+    names = ('near', 'farther', 'far')[:len(rows)]
+    for name, part in zip(names, np.array_split(rows, len(names)), strict=True):
         nearest, farthest = part[0]['distance'], part[-1]['distance']
-        thirds[f'{nearest:.1f} to {farthest:.1f} away'] = summarise(part)
+        thirds[f'{name}, {nearest:.1f} to {farthest:.1f}'] = summarise(part)
     return thirds

@@ -15,8 +15,8 @@ from configurator import UserError
 from envs import make_world
 from machine import autocast
 from plan import Planner, plan_actions
-from run import load_run
-from trials import METHODS, act, draw_episodes, wilson
+from run import load_run, open_run
+from trials import METHODS, act, by_distance, draw_episodes, percent, wilson
 
 SMALL = dict(candidates=8, elites=2, iterations=2, horizon=3, execute=2)
 PLAN = ['plan.py', '--device=cpu', '--num_episodes=2', '--goal_steps=4', '--num_films=1',
@@ -204,6 +204,12 @@ def test_goals_that_nobody_can_miss_are_refused(monkeypatch):
 def test_the_wilson_interval_is_as_published():
     assert np.allclose(wilson(5, 10), (0.2366, 0.7634), atol=1e-4)
     assert np.allclose(wilson(0, 10), (0, 0.2775), atol=1e-4)
+    assert percent(0, 20) == '0 [0, 16]'
+
+
+def test_thirds_that_lie_at_one_distance_are_three_rows():
+    rows = [dict(steps=1, seconds=0.0, distance=1.01 + i / 1000) for i in range(6)]
+    assert [row['episodes'] for row in by_distance(rows).values()] == [2, 2, 2]
 
 
 @pytest.fixture(scope='module')
@@ -238,8 +244,17 @@ def test_a_killed_run_goes_on_to_the_same_figures(planned, tmp_path, monkeypatch
         inline(*options)
     monkeypatch.undo()
     assert 'was begun with other settings (iterations)' in error(*options, '--iterations=3')
+    with monkeypatch.context() as patch:
+        patch.setattr('run.open_run', with_other_weights)
+        assert 'was begun with other settings (weights)' in error(*options)
     inline(*options)
     assert figures(tmp_path) == figures(folder)
+
+
+def with_other_weights(settings):
+    opened = open_run(settings)
+    opened.model.final_layer.linear.bias.data += 1
+    return opened
 
 
 @pytest.mark.slow
@@ -250,12 +265,22 @@ def test_two_processes_equal_one(planned, tmp_path):
     assert figures(tmp_path) == figures(folder)
 
 
-def test_vary_makes_a_row_for_each_value(planned, tmp_path):
+@pytest.mark.parametrize('simulator', [True, False])
+def test_vary_makes_a_row_for_each_value(planned, tmp_path, monkeypatch, simulator):
     options, *_ = planned
+    tried = []
+
+    def act_and_note(method, agent, *args):
+        tried.append((method, agent.planner.num_steps, agent.planner.objective))
+        return act(method, agent, *args)
+    monkeypatch.setattr(trials, 'act', act_and_note)
     vary = 'num_steps=1,2 objective=blur,pixels'
-    inline(*options, f'--out_dir={tmp_path}', f'--vary={vary}', '--num_films=0')
+    inline(*options, f'--out_dir={tmp_path}', f'--vary={vary}', f'--simulator={simulator}')
     rows = ['num_steps=1, objective=blur', 'num_steps=2, objective=pixels']
     assert list(figures(tmp_path)) == rows
+    method = 'simulator' if simulator else 'plan'
+    first, second = (method, 1, 'blur'), (method, 2, 'pixels')
+    assert tried == [first, first, second, second, first]  # two episodes each, then the film
 
 
 # -----------------------------------------------------------------------------
@@ -267,6 +292,7 @@ def test_vary_makes_a_row_for_each_value(planned, tmp_path):
     ('--look_at=first', "look_at='first': expected one of last, all"),
     ('--elites=9', 'elites=9: expected at most candidates=8'),
     ('--execute=4', 'execute=4: expected at most horizon=3'),
+    ('--context_frames=2', 'context_frames: a plan begins from one frame'),
     ('--vary=seed=1', 'vary=seed=1: expected settings of the planner'),
     ('--vary=num_steps=one', "num_steps='one' is of the wrong type"),
     ('--vary=num_steps=1,2 horizon=3', 'expected as many values of each'),
