@@ -156,7 +156,7 @@ class Agent:
         """A function: raw actions [N,horizon,interval,A] -> the frames [N,horizon,C,h,w] they lead to.
 
         Candidates share the frame they start from, which is run once for all of them, and the noise:
-        they differ by actions only.
+        they differ by actions only (and by what eta draws).
         """
         planner = self.planner
         context = self.encode(frame[None])[:, None]

@@ -20,7 +20,8 @@ gymnasium = extra('gymnasium')
 class DreamEnv(gymnasium.Env):
     """Observations: frames uint8 [H,W,3]. Actions: the dataset's numbers [A], held for a frame interval.
 
-    opened: an OpenedRun, of run.py. options: those of diffusion.Sampler.
+    opened: an OpenedRun, of run.py. options: those of diffusion.Sampler. What eta draws does not
+    depend on reset's seed: it comes from torch's own generator.
     """
     metadata = {'render_modes': ['rgb_array'], 'render_fps': 10}
 

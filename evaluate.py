@@ -225,7 +225,7 @@ if __name__ == '__main__':
     num_frames = num_frames or opened.config['num_frames']
     num_context = opened.context_frames
     check_context(num_context, num_frames)
-    out_dir = out_dir or run.output_folder(opened.ckpt)
+    out_dir = machine.under_results(out_dir or run.output_folder(opened.ckpt))
     run.make_folder(out_dir)
     clips = opened.held_out(num_frames)
     numbers = clips.fixed(num_clips, seed)
@@ -242,7 +242,6 @@ if __name__ == '__main__':
             return dream(opened.model, opened.diffusion, x0, action, num_context, opened.num_steps,
                          seed, **opened.sampler)
 
-    torch.manual_seed(seed)  # what eta draws on the way
     scores = evaluate(rollout, clips, numbers, num_context, opened.vae, networks, world, batch_size)
     machine.leave_processes()
     if RANK > 0:

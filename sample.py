@@ -25,8 +25,11 @@ def dream(model, diffusion, frames, action, num_context, num_steps, seed=0, prog
     """Continue frames[:, :num_context] under action. frames [B,F,C,H,W]; returns the same shape.
 
     Clip i draws its noise from seed + i, on the CPU: the same in any batch and on any device, so that
-    two rollouts of a clip differ by their actions only. options go to Diffusion.sample.
+    two rollouts of a clip differ by their actions only. (What eta draws depends on the batch too.)
+    options go to Diffusion.sample.
     """
+    if options.get('eta'):
+        torch.manual_seed(seed)
     draws = []
     for i in range(len(frames)):
         generator = torch.Generator().manual_seed(seed + i)
@@ -41,7 +44,7 @@ if __name__ == '__main__':
     # settings -----------------------------------------------------------------
     out = ''  # file to write; '' is rollout.<format> beside the checkpoint
     format = 'gif'  # gif, mp4, or png: all frames side by side
-    fps = 4.0  # [0.01 to 100]
+    fps = 4.0  # of a GIF at most 50 [0.01 to 100]
     num_clips = 6  # held-out starts [1 to 1000]
     samples = 1  # dreams of each start; where the world is random they differ [1 to 1000]
     num_frames = 16  # context included; where a recording ends, its actions begin again [2 to 100000]
@@ -92,7 +95,6 @@ if __name__ == '__main__':
     to_come = frames.new_zeros(len(frames), num_frames - clips.num_frames, *frames.shape[2:])
     frames = torch.cat([frames, to_come], dim=1)
 
-    torch.manual_seed(seed)  # what eta draws on the way
     rows = {}
     if not actions:
         truth = clips.pixels(numbers).movedim(2, -1).numpy()

@@ -7,6 +7,7 @@ import pytest
 import torch
 from conftest import error, inline, run
 from PIL import Image
+from test_model import tiny
 
 from checkpoint import read_checkpoint, save_checkpoint
 from controls import KNOWN, beyond, legend
@@ -14,6 +15,7 @@ from data import Clips, action_range
 from diffusion import Diffusion
 from pictures import GAP, LABEL
 from run import load_run
+from sample import dream
 
 RANGES = [[-1.0, -0.5, 0.5, 1.0], [0.0, 0.0, 2.0, 2.0]]
 
@@ -36,6 +38,15 @@ def pixels(path, frame=0):
     with Image.open(path) as image:
         image.seek(frame)
         return np.asarray(image.convert('RGB'))
+
+
+def test_right_and_wrong_actions_are_dreamed_from_the_same_noise():
+    """Also from what eta draws on the way."""
+    deaf, d = tiny(action_dim=0), Diffusion('v')
+    frames = torch.rand(2, 4, 3, 8, 12)
+    one, other = (dream(deaf, d, frames, None, 1, 3, seed=5, eta=1.0) for _ in range(2))
+    assert torch.equal(one, other)
+    assert not torch.equal(one, dream(deaf, d, frames, None, 1, 3, seed=6, eta=1.0))
 
 
 @pytest.mark.parametrize('context', [1, 3])
