@@ -4,8 +4,8 @@
     dream.reset(frames, actions)               # what is known: frames as a dataset stores them
     frame = dream.step([0.1, 0.0])             # uint8 [3,H,W], as often as you like
 
-It is the rollout of Diffusion.sample, schedule='sequential', cut at each new frame: the same noise
-gives the same video. The KV cache is kept until the window is full; then the window slides, for as
+It is the rollout of Diffusion.sample, schedule='sequential', cut at each new frame: of a causal model
+the same noise gives the same video. The KV cache is kept until the window is full; then the window slides, for as
 long as one plays, and nothing grows.
 """
 import numpy as np
@@ -24,14 +24,15 @@ class Dream:
 
     sampler: a diffusion.Sampler, which may be replaced between two steps. Its schedule does not
     matter: each new frame is denoised alone. vae: decodes what the model dreams, None for pixels.
-    action_scale: mean and std of the dataset's numbers, as the checkpoint has them; actions are
-    given in those numbers.
+    action_scale, interval: mean and std of the dataset's numbers and frame_interval, as the
+    checkpoint has them; actions are given in those numbers.
     """
 
-    def __init__(self, model, diffusion, sampler, vae=None, dtype='fp32', action_scale=(0, 1)):
+    def __init__(self, model, diffusion, sampler, vae=None, dtype='fp32', action_scale=(0, 1), interval=1):
         self.model, self.diffusion, self.sampler = model, diffusion, sampler
         self.vae, self.dtype, self.action_scale = vae, dtype, np.float32(action_scale)
         config = model.config
+        self.per_frame = interval, config.action_dim // interval  # shape of a whole frame's action
         self.device = model.pos_embed.device
         shape = (1, config.num_frames, config.in_channels, *config.input_size)
         self.generator = torch.Generator()  # on the CPU: the same noise on every device
@@ -51,6 +52,10 @@ class Dream:
         window = self.model.config.num_frames
         self.sampler.kept(window)  # refuses a history that is too long
         frames = to_model(torch.as_tensor(frames), self.device)
+        actions = [] if actions is None else actions
+        if len(actions) != len(frames) - 1 and self.model.config.action_dim:
+            raise UserError(f'{len(frames)} frames and {len(actions)} actions: expected an action '
+                            'between each frame and the next')
         self.generator.manual_seed(seed)
         self.known = min(len(frames), window)
         self.full = window  # frames in the window when it has to slide
@@ -110,12 +115,12 @@ class Dream:
     def scaled(self, action):
         """An action as the model counts it: [frame_interval * A]."""
         mean, std = self.action_scale
-        action = torch.from_numpy((np.asarray(action, dtype=np.float32) - mean) / std).flatten()
-        wanted = self.model.config.action_dim
-        if wanted % max(1, len(action)):
-            raise UserError(f'an action of {len(action)} numbers: the model takes {wanted}, which are '
-                            'those of one frame interval')
-        return action.repeat(wanted // max(1, len(action)))
+        action = np.asarray(action, dtype=np.float32)
+        if action.shape not in (self.per_frame, self.per_frame[1:]):
+            raise UserError(f'an action of shape {list(action.shape)}: expected '
+                            f'{list(self.per_frame[1:])} or {list(self.per_frame)}')
+        scaled = (np.broadcast_to(action, self.per_frame) - mean) / std
+        return torch.from_numpy(scaled).flatten()
 
     def picture(self, place):
         pixels = to_pixels(self.frames[:, place], self.vae)[0]
@@ -125,8 +130,8 @@ class Dream:
 def open_dream(opened, **options):
     """A Dream of an OpenedRun; options of diffusion.Sampler take the place of the run's."""
     sampler = Sampler(**dict(num_steps=opened.num_steps) | opened.sampler | options)
-    scale = opened.config['action_scale']
-    return Dream(opened.model, opened.diffusion, sampler, opened.vae, opened.dtype, scale)
+    return Dream(opened.model, opened.diffusion, sampler, opened.vae, opened.dtype,
+                 opened.config['action_scale'], opened.config['frame_interval'])
 
 
 def recorded_start(clips, number):

@@ -73,16 +73,24 @@ def test_actions_are_scaled_as_in_training_and_held_for_a_frame_interval():
     model, d = tiny(action_dim=6), Diffusion('v')
     frames, _ = start(1)
     scale = [1.0, 2.0], [0.5, 4.0]
-    raw = Dream(model, d, Sampler(2), action_scale=scale)
-    scaled = Dream(model, d, Sampler(2))
+    raw = Dream(model, d, Sampler(2), action_scale=scale, interval=3)
+    scaled = Dream(model, d, Sampler(2), interval=3)
     for action in ([3.0, 2.0], [0.0, -6.0]):
         raw.reset(frames)
         scaled.reset(frames)
         by_hand = (np.float32(action) - scale[0]) / scale[1]
         assert (raw.step(action) == scaled.step(np.tile(by_hand, (3, 1)))).all()
-    for wrong in ([1.0] * 4, [1.0] * 7):
-        with pytest.raises(UserError, match='the model takes 6'):
-            scaled.step(wrong)
+    for wrong in (1.0, [1.0], [1.0] * 3, [1.0] * 4, [1.0] * 7, [[1.0, 1.0]]):
+        for dream in (raw, scaled):
+            with pytest.raises(UserError, match=r'expected \[2\] or \[3, 2\]'):
+                dream.step(wrong)
+
+
+@pytest.mark.parametrize('count', [None, 0, 1, 3])
+def test_it_starts_from_an_action_between_each_frame_and_the_next(count):
+    frames, actions = start(3)
+    with pytest.raises(UserError, match='expected an action between'):
+        Dream(tiny(), Diffusion('v'), Sampler(2)).reset(frames, None if count is None else actions[:count])
 
 
 def test_a_model_without_actions_dreams_on():
