@@ -94,8 +94,10 @@ def plan(episodes, folder, settings):
 def write_part(path, pixels, actions, vae, keep_pixels):
     arrays = dict(frames=pixels, actions=actions)
     if vae:
-        x = to_model(torch.from_numpy(pixels), vae.quant_conv.weight.device)
-        arrays['frames'] = vae.encode(x).cpu().numpy().astype(np.float16)
+        device = vae.quant_conv.weight.device
+        some = torch.from_numpy(pixels).split(64)  # as floats all of a long recording may not fit
+        latents = torch.cat([vae.encode(to_model(frames, device)).cpu() for frames in some])
+        arrays['frames'] = latents.numpy().astype(np.float16)
         if keep_pixels:
             arrays['pixels'] = pixels
     with open(f'{path}.tmp', 'wb') as f:
@@ -248,7 +250,7 @@ def join(target, parts, array, rows):
     with open(target, 'wb') as f:  # on a full disk, a mapped file would kill the process
         np.lib.format.write_array_header_1_0(f, header)
         for path in parts:
-            f.write(read_part(path, array))
+            f.write(np.ascontiguousarray(read_part(path, array)))
 
 
 # -----------------------------------------------------------------------------
@@ -281,7 +283,7 @@ def complete(settings):
             gym_worlds.load_policy(settings['policy'])  # says now if something is wrong with it
     else:
         variable = readers.DATASETS[what].variable
-        settings['root'] = settings['root'] or os.environ.get(variable, '')
+        settings['root'] = os.path.expanduser(settings['root'] or os.environ.get(variable, ''))
         if not settings['root']:
             instead = f', or set {variable}' if variable else ''
             raise UserError(f'where are the files of {what}? Say --root=<folder>{instead}')

@@ -31,7 +31,7 @@ def list_episodes(settings):
     what, count = settings['what'], settings['episodes']
     if what == 'gym' or what in envs.WORLDS:
         return played(settings)
-    root = os.path.abspath(os.path.expanduser(settings['root']))
+    root = os.path.abspath(settings['root'])
     try:
         episodes = DATASETS[what].reader(root, settings)
     except UserError:
@@ -233,10 +233,10 @@ def read_csgo(path):
 
 def own_array(f, name):
     """An array that lies in this HDF5 file; one could also point to any file of the machine."""
-    array = f[name]
     own = isinstance(f.get(name, getlink=True), extra('h5py').HardLink)
-    if not own or array.is_virtual or array.external:
+    if not own or f[name].is_virtual or f[name].external:  # a link is not followed, even to look
         raise ValueError(f'{name} lies in another file')
+    array = f[name]
     if array.nbytes > 2 ** 26:  # a 4K frame is 2^25; a few bytes can promise any number of zeros
         raise ValueError(f'{name} is {list(array.shape)}, which is no frame')
     return array[:]

@@ -76,12 +76,17 @@ def clips(root, settings):
     recordings, arrays = {}, {}  # {path without its ending: path}
     for path in glob.glob(f'{glob.escape(root)}/*'):
         stem, ending = os.path.splitext(path)
-        if pictures(path):
-            recordings[path] = path
-        elif ending.lower() in VIDEO:
-            recordings[stem] = path
-        elif ending == '.npy':
+        if ending == '.npy':
             arrays[stem] = path
+            continue
+        if pictures(path):
+            stem = path
+        elif ending.lower() not in VIDEO:
+            continue
+        if stem in recordings:
+            raise UserError(f'{recordings[stem]} and {path} are two recordings of one name: '
+                            'rename one of them')
+        recordings[stem] = path
     recordings = arrays | recordings  # beside another recording, an array is its actions
     episodes = []
     for stem in sorted(recordings, key=natural):

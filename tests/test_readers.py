@@ -214,7 +214,7 @@ def open_csgo(root, **settings):
     return list_episodes(empty | settings)
 
 
-@pytest.mark.parametrize('kind', ['external', 'link', 'huge'])
+@pytest.mark.parametrize('kind', ['external', 'link', 'pipe', 'huge'])
 def test_hdf5_reads_no_other_file_and_no_endless_zeros(kind, tmp_path):
     import h5py
     KINDS['csgo'][0](str(tmp_path / 'raw'))
@@ -227,6 +227,9 @@ def test_hdf5_reads_no_other_file_and_no_endless_zeros(kind, tmp_path):
             f.create_dataset('frame_3_y', (51,), 'f8', external=[(str(secret), 0, 408)])
         elif kind == 'link':
             f['frame_3_y'] = h5py.ExternalLink('hdf5_dm_july2021_200.hdf5', 'frame_3_y')
+        elif kind == 'pipe':  # who opens it waits for a writer
+            os.mkfifo(tmp_path / 'pipe')
+            f['frame_3_y'] = h5py.ExternalLink(str(tmp_path / 'pipe'), 'frame_3_y')
         else:
             f.create_dataset('frame_3_y', (2 ** 40,), 'f8', chunks=(51,))
     assert 'frame_3_y' in why_broken(open_csgo(tmp_path / 'raw')[0])
@@ -292,6 +295,28 @@ def test_a_recording_without_actions_is_named(tmp_path):
     recordings(tmp_path / 'raw', 'abc')
     os.remove(tmp_path / 'raw' / 'b.csv')
     assert 'b.npy has no actions beside it' in error(*command('clips', tmp_path / 'raw', tmp_path / 'out'))
+
+
+def test_two_recordings_of_one_name_are_refused(tmp_path):
+    recordings(tmp_path / 'raw', 'abc')
+    for ending in ('mp4', 'gif'):
+        (tmp_path / 'raw' / f'b.{ending}').write_bytes(b'')
+    assert 'are two recordings of one name' in error(*command('clips', tmp_path / 'raw', tmp_path / 'out'))
+
+
+def test_actions_may_lie_in_any_order_of_memory(tmp_path):
+    truth = recordings(tmp_path / 'raw', 'abc')
+    for name, (frames, actions) in truth.items():
+        os.remove(tmp_path / 'raw' / f'{name}.csv')
+        (tmp_path / 'raw' / name).mkdir()
+        for i, frame in enumerate(frames):
+            Image.fromarray(frame).save(tmp_path / 'raw' / name / f'{i}.png')
+        np.save(tmp_path / 'raw' / f'{name}.npy', np.asfortranarray(actions))
+    inline(*command('clips', tmp_path / 'raw', tmp_path / 'out'))
+    written = np.concatenate([np.load(tmp_path / 'out' / split / 'actions.npy') for split in ('train', 'val')])
+    assert len(written) == 60
+    for _, actions in truth.values():
+        assert any(np.allclose(actions, written[i:i + 20]) for i in (0, 20, 40))
 
 
 @pytest.mark.parametrize('name', ['b.csv', 'b.npy', 'c.mp4', 'd/1.png'])
