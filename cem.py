@@ -13,7 +13,7 @@ import torch.nn.functional as F
 import run
 from configurator import UserError
 from data import Clips, to_model
-from machine import under_results
+from machine import uncompiled, under_results
 
 # -----------------------------------------------------------------------------
 # how far a dream ends from the goal: the squared distance between the two, embedded by one of these
@@ -65,7 +65,7 @@ def whitening(frames):
 
 def features(frames, agent):
     """What the model's middle block makes of each frame, shown as almost clean."""
-    model = getattr(agent.model, '_orig_mod', agent.model)  # compiled, it would not notice a new hook
+    model = uncompiled(agent.model)  # which would not notice a new hook
     kept = []
     block = model.blocks[len(model.blocks) // 2]
     hook = block.register_forward_hook(lambda block, inputs, output: kept.append(output))

@@ -193,9 +193,14 @@ def compiled(model, device, wanted):
     return torch.compile(model)
 
 
+def uncompiled(net):
+    """The model in what torch.compile has wrapped around it."""
+    return getattr(net, '_orig_mod', net)
+
+
 def distributed(net, device):
     """DDP: every process has all weights, and they average their gradients."""
-    if WORLD_SIZE == 1 or isinstance(net, FSDPModule):
+    if WORLD_SIZE == 1 or isinstance(uncompiled(net), FSDPModule):
         return net
     ids = [torch.cuda.current_device()] if device.startswith('cuda') else None
     return DistributedDataParallel(net, device_ids=ids, broadcast_buffers=False)
@@ -203,8 +208,8 @@ def distributed(net, device):
 
 def gradient_sync(net, wanted):
     """A context for a backward pass; only if wanted do processes exchange gradients in it."""
-    if isinstance(net, FSDPModule):
-        net.set_requires_gradient_sync(wanted)
+    if isinstance(uncompiled(net), FSDPModule):
+        uncompiled(net).set_requires_gradient_sync(wanted)
     elif isinstance(net, DistributedDataParallel) and not wanted:
         return net.no_sync()
     return contextlib.nullcontext()
