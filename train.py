@@ -248,11 +248,11 @@ def batches(first):
 def validation_loss():
     """Loss of the EMA weights on fixed clips, timesteps and noise; every process calls it (FSDP)."""
     generator = torch.Generator(device).manual_seed(seed)
+    drawn = draw((len(val_frames), num_frames, *frame_shape), generator)
+    parts = [tensor.split(batch_size) for tensor in (val_frames, val_action, *drawn)]
     loss = 0.0
-    parts = zip(val_frames.split(batch_size), val_action.split(batch_size), strict=True)
-    for frames, action in parts:
+    for frames, action, t, noise in zip(*parts, strict=True):
         x0 = to_model(frames, device)
-        t, noise = draw(x0.shape, generator)
         with precision:
             loss += diffusion.loss(ema, x0, action.to(device), t, noise).item() * len(x0)
     return loss / len(val_frames)

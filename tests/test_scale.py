@@ -5,9 +5,11 @@ import shutil
 
 import numpy as np
 import pytest
+import torch
 from conftest import ROOT, TRAIN, error, run
 from PIL import Image
 from test_train import assert_same, steps_of
+from torch import nn
 
 import machine
 from checkpoint import load_model
@@ -19,11 +21,18 @@ TWO = ['--batch_size=2', '--grad_accum=2']
 FSDP = [*TWO, '--fsdp=True']
 
 
+def test_a_compiled_model_that_is_sharded_is_not_wrapped_in_ddp(monkeypatch):
+    monkeypatch.setattr(machine, 'WORLD_SIZE', 2)
+    monkeypatch.setattr(machine, 'FSDPModule', nn.Linear)  # stands for one, which takes two processes to make
+    net = torch.compile(nn.Linear(2, 2))
+    assert machine.distributed(net, 'cpu') is net
+
+
 @pytest.fixture(scope='module')
 def spread(wall, tmp_path_factory):
     """Options of a run of 6 steps, and its folders: in one process, and sharded over two."""
     out = str(tmp_path_factory.mktemp('spread'))
-    options = [*TRAIN, f'--dataset={wall}', '--max_steps=6', '--keep_every=3', '--val_every=1', '--num_val_clips=2',
+    options = [*TRAIN, f'--dataset={wall}', '--max_steps=6', '--keep_every=3', '--val_every=1', '--num_val_clips=3',
                '--injection=cross_attention', '--depth=3']
     run(*options, *ONE, f'--out_dir={out}/one')
     run(*TORCHRUN, *options, *FSDP, f'--out_dir={out}/fsdp')
