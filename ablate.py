@@ -221,7 +221,7 @@ if __name__ == '__main__':
         'injection': 'cross_attention', 'zero_cross_gate': True}
     if not shared.get('model_size'):  # half, all and one and a half times the heads, each as wide
         axes['scale'] = {}
-        for h in (heads // 2, heads, heads * 3 // 2):
+        for h in sorted({max(1, heads // 2), heads, max(heads + 1, heads * 3 // 2)}):
             w = h * width // heads
             axes['scale'][f'{w}x{depth}'] = {'hidden_size': w, 'depth': depth, 'num_heads': h}
     check_choice('axis', axis, [*axes, 'steps'])

@@ -1,6 +1,6 @@
-"""Settings: the defaults at the top of a script, then config files, then --key=value.
+"""Settings: the defaults at the top of a script, then config files and --key=value, from left to right.
 
-The later wins. A script lists its settings as plain globals between a line "# settings ---" and a
+The later wins: write config files first. A script lists its settings as plain globals between a line "# settings ---" and a
 line of dashes, each with a comment:
 
     # settings ---------------------------------------------------

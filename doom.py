@@ -49,7 +49,7 @@ class Doom:
 
     def reset(self, seed):
         self.seed, self.taken = int(seed), []
-        self.game.set_seed(self.seed)
+        self.game.set_seed(self.seed % 2 ** 32)  # it takes no larger one
         self.game.new_episode()
         self.goal = None
         self.look()

@@ -21,6 +21,13 @@ def walk(doom, action, steps=8):
     return doom.pos[1] - start
 
 
+def test_it_takes_seeds_of_any_size(doom):
+    doom.reset(5_000_000_000)
+    state = doom.get_state()
+    doom.set_state(state)
+    assert doom.get_state()[0] == state[0] == 5_000_000_000
+
+
 def test_its_buttons_step_left_and_right_and_both_together_cancel(doom):
     left, right = walk(doom, [1, 0]), walk(doom, [0, 1])
     assert left > 50 and np.isclose(left, -right, rtol=0.1)
