@@ -2,6 +2,7 @@
 import contextlib
 import json
 import os
+import secrets
 
 import numpy as np
 
@@ -25,6 +26,15 @@ def lines_until(path, step):
     return kept
 
 
+def wandb_id(out_dir, step):
+    """The id of a run that goes on in its folder; one that begins gets a new one, whatever its name."""
+    path = os.path.join(out_dir, 'wandb_id')
+    if step == 0 or not os.path.exists(path):
+        write_whole(path, secrets.token_hex(4))
+    with open(path) as f:
+        return f.read()
+
+
 class Logger:
     """Logs on the first of several processes; on the others it does nothing."""
 
@@ -41,8 +51,8 @@ class Logger:
             self.board = SummaryWriter(os.path.join(out_dir, 'tb'), purge_step=step + 1)
         if wandb_project:
             name = os.path.basename(os.path.normpath(out_dir))
-            self.wandb = extra('wandb').init(project=wandb_project, name=name, id=name,
-                                             config=config, resume='allow')
+            self.wandb = extra('wandb').init(project=wandb_project, name=name, config=config,
+                                             id=wandb_id(out_dir, step), resume='allow')
 
     def log(self, step, **values):
         if RANK > 0:

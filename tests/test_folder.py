@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -229,6 +230,17 @@ def test_a_full_disk_is_said_with_the_file_and_leaves_the_old_one(tmp_path):
     with pytest.raises(UserError, match='^cannot write .*/config.json: No space left on device$'):
         write_whole(tmp_path / 'config.json', 'new')
     assert (tmp_path / 'config.json').read_text() == 'old'
+
+
+def test_runs_of_one_name_are_runs_of_their_own_to_wandb(tmp_path, monkeypatch):
+    begun = []
+    monkeypatch.setitem(sys.modules, 'wandb', SimpleNamespace(init=lambda **options: begun.append(options)))
+    for folder, step in (('a', 0), ('a', 5), ('b', 0), ('a', 0)):
+        os.makedirs(tmp_path / folder / 'wall', exist_ok=True)
+        Logger(str(tmp_path / folder / 'wall'), {}, step, wandb_project='nanowm')
+    ids = [options['id'] for options in begun]
+    assert ids[0] == ids[1] and len(set(ids)) == 3  # it was resumed once
+    assert {options['name'] for options in begun} == {'wall'}
 
 
 def test_a_log_that_cannot_be_written_names_itself(tmp_path):
