@@ -1,7 +1,7 @@
 """Settings: the defaults at the top of a script, then config files and --key=value, from left to right.
 
-The later wins: write config files first. A script lists its settings as plain globals between a line "# settings ---" and a
-line of dashes, each with a comment:
+The later wins: write config files first. A script lists its settings as plain globals between a
+line "# settings ---" and a line of dashes, each with a comment:
 
     # settings ---------------------------------------------------
     batch_size = 8  # clips per step [>= 1]

@@ -235,9 +235,9 @@ def test_a_full_disk_is_said_with_the_file_and_leaves_the_old_one(tmp_path):
 def test_runs_of_one_name_are_runs_of_their_own_to_wandb(tmp_path, monkeypatch):
     begun = []
     monkeypatch.setitem(sys.modules, 'wandb', SimpleNamespace(init=lambda **options: begun.append(options)))
-    for folder, step in (('a', 0), ('a', 5), ('b', 0), ('a', 0)):
-        os.makedirs(tmp_path / folder / 'wall', exist_ok=True)
-        Logger(str(tmp_path / folder / 'wall'), {}, step, wandb_project='nanowm')
+    for parent, step in (('a', 0), ('a', 5), ('b', 0), ('a', 0)):
+        os.makedirs(tmp_path / parent / 'wall', exist_ok=True)
+        Logger(str(tmp_path / parent / 'wall'), {}, step, wandb_project='nanowm')
     ids = [options['id'] for options in begun]
     assert ids[0] == ids[1] and len(set(ids)) == 3  # it was resumed once
     assert {options['name'] for options in begun} == {'wall'}
