@@ -4,9 +4,9 @@
     dream.reset(frames, actions)               # what is known: frames as a dataset stores them
     frame = dream.step([0.1, 0.0])             # uint8 [3,H,W], as often as you like
 
-It is the rollout of Diffusion.sample, schedule='sequential', cut at each new frame: of a causal model
-the same noise gives the same video. The KV cache is kept until the window is full; then the window slides, for as
-long as one plays, and nothing grows.
+It is the rollout of Diffusion.sample, schedule='sequential', cut at each new frame: of a causal
+model the same noise gives the same video. The KV cache is kept until the window is full; then the
+window slides, for as long as one plays, and nothing grows.
 """
 import numpy as np
 import torch
@@ -28,7 +28,8 @@ class Dream:
     checkpoint has them; actions are given in those numbers.
     """
 
-    def __init__(self, model, diffusion, sampler, vae=None, dtype='fp32', action_scale=(0, 1), interval=1):
+    def __init__(self, model, diffusion, sampler, vae=None, dtype='fp32', action_scale=(0, 1),
+                 interval=1):
         self.model, self.diffusion, self.sampler = model, diffusion, sampler
         self.vae, self.dtype, self.action_scale = vae, dtype, np.float32(action_scale)
         config = model.config

@@ -225,7 +225,7 @@ if __name__ == '__main__':
     num_frames = num_frames or opened.config['num_frames']
     num_context = opened.context_frames
     check_context(num_context, num_frames)
-    out_dir = machine.under_results(out_dir or run.output_folder(opened.ckpt))
+    out_dir = run.output_folder(opened.ckpt, out_dir)
     run.make_folder(out_dir)
     clips = opened.held_out(num_frames)
     numbers = clips.fixed(num_clips, seed)

@@ -107,7 +107,7 @@ if __name__ == '__main__':
         raise UserError('context_frames: a plan begins from one frame, the one that is there')
     opened = run.open_run(settings)
     machine.join_processes()
-    out_dir = machine.under_results(out_dir or run.output_folder(opened.ckpt))
+    out_dir = run.output_folder(opened.ckpt, out_dir)
     run.make_folder(out_dir)
     options = {f.name: settings[f.name] for f in fields(Planner) if f.name in settings}
     # unlike a dream that people watch, a plan does well with one step

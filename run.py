@@ -177,8 +177,10 @@ def load_decoder(model, path=''):
     return load_vae(path, model.pos_embed.device)
 
 
-def output_folder(ckpt):
-    """Where what a checkpoint made goes: its own folder, or out/<name> for a Hugging Face id."""
+def output_folder(ckpt, out_dir=''):
+    """Where what a checkpoint made goes: its own folder, out/<name> for a Hugging Face id, or out_dir."""
+    if out_dir:
+        return under_results(out_dir)
     if os.path.isdir(ckpt):
         return ckpt
     if os.path.exists(ckpt):
