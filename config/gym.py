@@ -5,6 +5,5 @@ from config.wall import *
 dataset = 'data/gym'
 out_dir = 'out/gym'
 normalize_action = True  # what one environment calls 1 another calls 1000
-snr_gamma = 5.0  # as its figures were measured
 batch_size = 16
 sample_steps = 2
