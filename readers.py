@@ -233,10 +233,12 @@ def read_csgo(path):
 
 def own_array(f, name):
     """An array that lies in this HDF5 file; one could also point to any file of the machine."""
-    own = isinstance(f.get(name, getlink=True), extra('h5py').HardLink)
-    if not own or f[name].is_virtual or f[name].external:  # a link is not followed, even to look
-        raise ValueError(f'{name} lies in another file')
+    elsewhere = ValueError(f'{name} lies in another file')
+    if not isinstance(f.get(name, getlink=True), extra('h5py').HardLink):
+        raise elsewhere  # a link is not followed, even to look
     array = f[name]
+    if array.is_virtual or array.external:
+        raise elsewhere
     if array.nbytes > 2 ** 26:  # a 4K frame is 2^25; a few bytes can promise any number of zeros
         raise ValueError(f'{name} is {list(array.shape)}, which is no frame')
     return array[:]

@@ -76,11 +76,11 @@ def clips(root, settings):
     recordings, arrays = {}, {}  # {path without its ending: path}
     for path in glob.glob(f'{glob.escape(root)}/*'):
         stem, ending = os.path.splitext(path)
-        if ending == '.npy':
-            arrays[stem] = path
-            continue
         if pictures(path):
             stem = path
+        elif ending == '.npy':
+            arrays[stem] = path
+            continue
         elif ending.lower() not in VIDEO:
             continue
         if stem in recordings:
