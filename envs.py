@@ -84,7 +84,8 @@ class Wall:
         dx, dy = np.clip(np.asarray(action, dtype=np.float64), -self.MAX_STEP, self.MAX_STEP)
         r, gap, reach = self.RADIUS, self.GAP, self.REACH
         new_x = np.clip(x + dx, r, 1 - r)
-        if abs(y - self.door) > gap and abs(x - 0.5) >= reach:
+        # in the door y was clipped to its edge: a rounding error more must not keep the agent out
+        if abs(y - self.door) > gap + 1e-9 and abs(x - 0.5) >= reach:
             if x < 0.5:
                 new_x = min(new_x, 0.5 - reach)
             else:

@@ -131,7 +131,11 @@ def describe(settings):
     """What meta.json says about the actions: {'action_names': [A], 'controls': see controls.py}."""
     env, _ = make_seen(settings['env'], settings['import_'])
     spaces = extra('gymnasium').spaces
-    names = [f'number {i}' for i in range(spaces.flatdim(env.action_space))]
+    try:
+        count = spaces.flatdim(env.action_space)
+    except ValueError as e:  # of a Sequence or a Graph
+        raise UserError(f'{settings["env"]}: its actions are not always as many numbers ({e})') from e
+    names = [f'number {i}' for i in range(count)]
     known = MEANINGS.get(env.spec.name)
     if hasattr(env.unwrapped, 'get_action_meanings'):  # Atari's
         known = env.unwrapped.get_action_meanings()

@@ -169,6 +169,8 @@ def load_networks(names, device, frame_size, num_frames, lpips_net='vgg'):
             # torchvision would bring the newest torch with it: ask for the one that is here
             version = torch.__version__.split('+')[0]
             absent[name] = f"{e}: pip install -e '.[eval]' torch=={version}"
+            if isinstance(e, RuntimeError):  # pip does not see that a CUDA build wants its like
+                absent[name] += ', and torchvision from where this torch came from'
         except Exception as e:  # whatever is wrong with one of them, the others are given
             reason = str(e) or type(e).__name__
             absent[name] = reason.splitlines()[0]

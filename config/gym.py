@@ -1,4 +1,4 @@
-# A Gymnasium world at 64x64 pixels, 2 M parameters, minutes on two CPU cores; say which:
+# A Gymnasium world at 64x64 pixels, 2.5 M parameters, minutes on two CPU cores; say which:
 #     python train.py config/gym.py --dataset=data/carracing --out_dir=out/carracing
 from config.wall import *
 

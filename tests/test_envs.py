@@ -88,6 +88,15 @@ def test_wall_and_border_stop_the_agent_and_the_door_does_not():
     assert np.isclose(env.pos[0], 0.7)
 
 
+def test_who_left_the_door_at_its_edge_may_come_back():
+    env = Wall()
+    for door in np.random.default_rng(0).uniform(0.2, 0.8, 20):
+        env.set_state([0.5, door, door])
+        for action in 2 * [[0.0, 0.1]] + 3 * [[0.1, 0.0]]:
+            env.step(action)
+        assert not any([env.step([-0.1, 0.0]) for _ in range(3)])
+
+
 def test_rendering_is_anti_aliased_and_the_same_picture_at_any_size():
     env = Wall()
     env.set_state([0.3, 0.52, 0.5])

@@ -47,7 +47,7 @@ class Seen(Room):
         return 255 - self.render(), *rest
 
 SPACES = {'Choice': spaces.Discrete(3), 'Choices': spaces.MultiDiscrete([2, 3]),
-          'Number': spaces.Box(0, 2, (1,))}
+          'Number': spaces.Box(0, 2, (1,)), 'Many': spaces.Sequence(spaces.Discrete(2))}
 for name, space in SPACES.items():
     gymnasium.register(name + '-v0', entry_point=Room, kwargs={'space': space})
 gymnasium.register('Seen-v0', entry_point=Seen, kwargs={'space': spaces.Discrete(3)})
@@ -153,6 +153,11 @@ def test_data_py_collects_them_like_any_other_world(room, tmp_path):
 ])
 def test_each_mistake_is_one_line(args, message, tmp_path):
     assert message in error('data.py', 'gym', f'--out={tmp_path}/x', *args)
+
+
+def test_actions_of_no_fixed_width_are_refused_in_words(room):
+    with pytest.raises(UserError, match='Many-v0: its actions are not always as many numbers'):
+        gym_worlds.describe(SETTINGS | {'env': 'Many-v0', 'import_': room})
 
 
 def test_a_policy_that_is_not_in_its_file_is_named(room):
