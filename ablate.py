@@ -59,6 +59,22 @@ def call(script, *options):
                         'the same ablate.py command goes on once that is mended')
 
 
+def leave_to_arms(key, options, taken):
+    """Raises UserError if an option for every arm is one in which they differ."""
+    for option in options:
+        name = option.lstrip('-').partition('=')[0]
+        if name in taken:
+            raise UserError(f'{key}: the arms set {name}; what they share is said in {base}')
+
+
+def check_same_clips(runs):
+    """Raises UserError unless all were measured on the same clips."""
+    for run in runs:
+        if run['clips'] != runs[0]['clips']:
+            raise UserError(f'{run["folder"]} and {runs[0]["folder"]} were measured on different clips: '
+                            'delete the metrics.json of one, or use another --out_dir')
+
+
 def train(folder, options):
     """Train an arm as far as that is not done."""
     if os.path.exists(f'{folder}/metrics.json'):
@@ -74,12 +90,12 @@ def measure(ckpt, folder, *options):
     if not os.path.exists(path):
         call('evaluate.py', f'--ckpt={ckpt}', f'--out_dir={folder}', *options, *eval_options)
     with open(path) as f:
-        return json.load(f)
+        return json.load(f) | {'folder': folder}
 
 
 def resampled(run, solver, n):
     """The metrics of a trained arm with another solver and n steps a frame."""
-    folder = run['settings']['ckpt']
+    folder = run['folder']
     return measure(folder, f'{folder}/{solver}-{n}', f'--solver={solver}', f'--num_steps={n}')
 
 
@@ -227,6 +243,10 @@ if __name__ == '__main__':
     check_choice('axis', axis, [*axes, 'steps'])
     varied = 'target' if axis == 'steps' else axis
     values = check_choices('only', only, axes[varied]) or list(axes[varied])
+    taken = set().union(*[options for arms in axes.values() for options in arms.values()])
+    leave_to_arms('train_options', train_options, taken | {'seed', 'out_dir', 'resume'})
+    taken = {'solver', 'num_steps'} if axis == 'steps' else set()
+    leave_to_arms('eval_options', eval_options, taken | {'ckpt', 'out_dir'})
 
     make_folder(out_dir)
     make_folder(results_dir)
@@ -243,10 +263,12 @@ if __name__ == '__main__':
             folder = f'{out_dir}/{base_name}/{"-".join(arm.values())}-seed{seed}'
             train(folder, options)
             arms[value].append(measure(folder, folder))
+    check_same_clips(sum(arms.values(), []))
     if axis == 'steps':
         lines = {pair: {} for pair in product(values, solvers)}  # {(target, solver): {steps: runs}}
         for (value, solver), n in product(lines, steps):
             lines[value, solver][n] = [resampled(run, solver, n) for run in arms[value]]
+        check_same_clips(sum([sum(line.values(), []) for line in lines.values()], []))
         text, panels = compare_samplers(lines)
     else:
         text, panels = compare_arms(arms)

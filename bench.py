@@ -131,6 +131,8 @@ if __name__ == '__main__':
     # data and model
     dataset = under_results(dataset)
     if not os.path.exists(f'{dataset}/meta.json'):
+        if settings['dataset']:
+            print(f'no dataset at {dataset}: random numbers of frame_shape instead')
         folder = tempfile.TemporaryDirectory()
         rows = 64 * num_frames * frame_interval
         dataset = random_dataset(folder.name, frame_shape, action_dim, rows)
@@ -177,6 +179,7 @@ if __name__ == '__main__':
         report('data', batch_size / wait, 'clips/s', 0)
 
     if mode in ('rollout', 'all'):
+        machine.cast_weights(model, dtype)  # as in every script that dreams
         context = torch.randn(1, context_frames, *frame_shape, device=device)
         action = torch.randn(1, rollout_frames, A, device=device)
         compare('rollout', net, context, action, sample_steps)
@@ -192,6 +195,7 @@ if __name__ == '__main__':
 
         window = settings | {'num_frames': 6}
         model = without_zeros(build_model(window, frame_shape, A)).to(device)
+        machine.cast_weights(model, dtype)
         net = machine.compiled(model, device, compile)
         context = torch.randn(1, 1, *frame_shape, device=device)
         action = torch.randn(cem_rollouts, 6, A, device=device)

@@ -10,10 +10,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-import run
 from configurator import UserError
 from data import Clips, to_model
 from machine import uncompiled, under_results
+from vae import load_decoder
 
 # -----------------------------------------------------------------------------
 # how far a dream ends from the goal: the squared distance between the two, embedded by one of these
@@ -112,7 +112,7 @@ class Agent:
             raise UserError('the model was trained without actions: there is nothing to plan')
         self.model, self.diffusion, self.planner = model, diffusion, planner
         self.device, self.interval = model.pos_embed.device, config['frame_interval']
-        self.vae = vae or run.load_decoder(model)
+        self.vae = vae or load_decoder(model.config.in_channels, device=self.device)
         self.size = model.config.input_size
         if self.vae:
             self.size = tuple(8 * side for side in self.size)

@@ -265,7 +265,8 @@ def choose(names):
 def find(path):
     """The weights file that a file, a folder or a hub id means. Raises UserError."""
     if os.path.isdir(path):
-        name = choose(glob.glob('**', root_dir=path, recursive=True))
+        # its own first: a folder below it may be another run's
+        name = choose(glob.glob('*', root_dir=path)) or choose(glob.glob('**', root_dir=path, recursive=True))
         if name and name != 'latest.safetensors':
             print(f'{path}: using {name}')
         if name:

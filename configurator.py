@@ -122,6 +122,8 @@ def print_help(namespace):
 
 def parse(text, setting):
     """The value that --key=text means; text itself where it is no Python literal."""
+    if text.startswith('~'):
+        text = os.path.expanduser(text)  # which shells leave to us after --key=
     if setting.type == 'str':
         return None if setting.default is None and text.lower() == 'none' else text
     if text.lower() in ('true', 'false', 'none'):

@@ -66,7 +66,7 @@ class Clips:
         """Raises UserError if the arrays are not what the top of this file says."""
         frames, actions, episodes = self.frames, self.actions, self.episodes
         pixels = frames.dtype == np.uint8 and frames.shape[1:2] == (3,)
-        latents = frames.dtype == np.float16
+        latents = frames.dtype == np.float16 and frames.shape[1:2] != (3,)  # 3 channels mean pixels
         fit = frames.ndim == 4 and frames.size > 0 and (pixels or latents)
         fit = fit and actions.ndim == 2 and actions.dtype.kind in 'fiu' and len(actions) == len(frames)
         fit = fit and episodes.ndim == 1 and episodes.dtype.kind in 'iu' and len(episodes) > 1
@@ -94,16 +94,20 @@ class Clips:
 
     def action_scale(self, normalize):
         """(mean, std) float32 of the A numbers; (0, 1) leaves them as they are. Raises UserError."""
-        if normalize is True:
+        own, numbers = normalize is True, self.actions.shape[1]
+        if own:
             normalize = self.meta.get('action_mean'), self.meta.get('action_std')
         try:
             mean, std = np.float32(normalize or (0, 1))
         except (TypeError, ValueError):
             mean = std = np.float32('nan')
+        if not own and mean.shape not in ((), (numbers,)):
+            raise UserError(f'{self.folder}: actions have {numbers} numbers there, and {mean.size} where '
+                            'the model was trained; choose another dataset')
         usable = np.isfinite(mean) & np.isfinite(std) & (std >= 0)
-        if mean.shape not in ((), (self.actions.shape[1],)) or not usable.all():
-            raise UserError(f'{self.folder}: normalising needs mean and std of {self.actions.shape[1]} '
-                            'numbers, action_mean and action_std in meta.json')
+        if mean.shape not in ((), (numbers,)) or not usable.all():
+            raise UserError(f'{self.folder}: normalising needs mean and std of {numbers} numbers, '
+                            'action_mean and action_std in meta.json')
         std = np.where(std == 0, np.float32(1), std)  # a number that never changes is only shifted
         return mean, std
 
@@ -162,9 +166,10 @@ class Clips:
             except UNREADABLE as e:
                 raise UserError(f'{self.folder}/pixels.npy is missing or broken ({e}): metrics compare '
                                 'with the original pixels, which python data.py keeps') from e
-            if source.dtype != np.uint8 or source.ndim != 4 or len(source) != len(self.frames):
+            N, _, h, w = self.frames.shape
+            if source.dtype != np.uint8 or source.shape != (N, 3, 8 * h, 8 * w):
                 raise UserError(f'{self.folder}/pixels.npy is {source.dtype} {list(source.shape)}: '
-                                f'expected uint8 [{len(self.frames)},3,H,W]')
+                                f'expected uint8 {[N, 3, 8 * h, 8 * w]}')
         rows = self.first_rows(clips)[0][:, None] + np.arange(self.num_frames) * self.interval
         return torch.from_numpy(source[rows])
 

@@ -257,7 +257,7 @@ if __name__ == '__main__':
                  'parameters': sum(p.numel() for p in opened.model.parameters())}
     results |= {'settings': settings, 'clips': numbers.tolist(), 'absent': absent}
 
-    # the best, the median and the worst clip, dreamed as they were scored
+    # the best, the median and the worst clip, dreamed as they were scored (but for what eta draws)
     chosen = np.argsort(results['per_clip']['psnr'])[[-1, len(numbers) // 2, 0]]
     dreams = [rollout(*clips.batch(numbers[[i]]), int(i)) for i in chosen]
     truth = clips.pixels(numbers[chosen]).movedim(2, -1).numpy()
@@ -278,6 +278,7 @@ if __name__ == '__main__':
     print(text)
     for name, why in absent.items():
         print(f'no {name.upper()}: {why}')
-    print(f'{len(numbers)} clips, {num_context} of {num_frames} frames given, '
+    recordings = len(np.unique(clips.first_rows(numbers)[1]))
+    print(f'{len(numbers)} clips of {recordings} recordings, {num_context} of {num_frames} frames given, '
           f'{opened.num_steps} steps a frame, {results["seconds"]:.0f} s: '
           f'{path}.json, .md, .png and clips{suffix}.png')

@@ -19,7 +19,7 @@ from controls import checked
 from data import Clips
 from diffusion import Diffusion
 from machine import cast_weights, compiled, pick_device, pick_dtype, under_results
-from vae import load_vae
+from vae import load_decoder
 
 # settings ---------------------------------------------------------------------
 # of every script that opens a run
@@ -30,7 +30,7 @@ num_steps = 0  # denoising steps per frame; 0 is the run's own [0 to 1000]
 schedule = 'sequential'  # sequential, full_sequence or pyramid
 stabilization = 0.02  # how noisy known frames are shown, as a share of the timesteps [0 to 1]
 solver = 'ddim'  # or dpmpp: DPM-Solver++ 2M, of second order, for fewer steps
-eta = 0.0  # of ddim: 0 is deterministic, 1 is DDPM [0 to 1]
+eta = 0.0  # of ddim: 0 is deterministic, 1 is DDPM, whose draws depend on the batch [0 to 1]
 grid = 'linear'  # the steps' timesteps: evenly spaced in t, or logsnr
 history = 0  # frames kept as context when the window slides; 0 is all but one [>= 0]
 cache = True  # remember finished frames; False runs the whole window at every step, to the same end
@@ -88,7 +88,7 @@ def open_run(settings):
         model=compiled(model, device, settings['compile']),
         diffusion=diffusion,
         config=config,
-        vae=load_decoder(model, settings['vae']),
+        vae=load_decoder(model.config.in_channels, settings['vae'], device),
         device=device,
         dtype=dtype,
         dataset=settings['dataset'] or config['dataset'],
@@ -98,7 +98,9 @@ def open_run(settings):
 
 
 def locate(ckpt):
-    """A run may lie under $RESULTS_DIR; a Hugging Face id stays what it is."""
+    """A run may lie under $RESULTS_DIR; a Hugging Face id stays what it is. Raises UserError."""
+    if not ckpt:
+        raise UserError("ckpt='': expected a run folder, a checkpoint file or a Hugging Face id")
     moved = under_results(ckpt)
     return moved if os.path.exists(moved) else ckpt
 
@@ -168,13 +170,6 @@ def held_out(model, config, num_frames, dataset=''):
         raise UserError(f'{clips.folder}: frames {shape} and {clips.action_dim} action numbers do '
                         f'not fit the model, which takes {want} and {size.action_dim}')
     return clips
-
-
-def load_decoder(model, path=''):
-    """The VAE that decodes what the model dreams; None if it dreams pixels. Raises UserError."""
-    if model.config.in_channels == 3:
-        return None
-    return load_vae(path, model.pos_embed.device)
 
 
 def output_folder(ckpt, out_dir=''):

@@ -16,7 +16,7 @@ import run
 from configurator import UserError, check_choice, check_context, configure, extra
 from controls import beyond, legend, read_own_actions
 from data import to_model
-from machine import autocast
+from machine import autocast, under_results
 from pictures import contact_sheet, side_by_side, to_pixels, write_picture, write_video
 
 
@@ -55,7 +55,7 @@ if __name__ == '__main__':
     check_choice('format', format, ('gif', 'mp4', 'png'))
     opened = run.open_run(settings)
     model, config, num_context = opened.model, opened.config, opened.context_frames
-    out = out or os.path.join(run.output_folder(opened.ckpt), f'rollout.{format}')
+    out = under_results(out) if out else os.path.join(run.output_folder(opened.ckpt), f'rollout.{format}')
     if not out.endswith(('.gif', '.mp4', '.png')) or os.path.isdir(out):
         raise UserError(f'--out={out}: expected a file whose name ends in .gif, .mp4 or .png')
     if out.endswith('.mp4'):

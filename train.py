@@ -38,7 +38,7 @@ from pictures import contact_sheet, to_pixels
 from random_data import random_dataset
 from run import locate
 from sample import dream
-from vae import load_vae
+from vae import load_decoder
 
 # settings ---------------------------------------------------------------------
 # run
@@ -138,9 +138,9 @@ val_frames, val_action = val_clips.batch(val_clips.fixed(num_val_clips))
 metric_clips = val_clips.fixed(num_metric_clips)
 frame_shape = train_clips.frames.shape[1:]
 decoder, can_look = None, real_data
-if real_data and frame_shape[0] != 3:  # only pictures and metrics need the decoder of latents
+if real_data:  # only pictures and metrics need the decoder of latents
     try:
-        decoder = load_vae(vae, device)
+        decoder = load_decoder(frame_shape[0], vae, device)
     except UserError as e:
         can_look = False
         if master:

@@ -204,6 +204,15 @@ def with_new_names(state):
     return renamed
 
 
+def load_decoder(channels, path='', device='cpu'):
+    """The VAE that decodes frames of so many channels; None where they are pixels. Raises UserError."""
+    if channels == 3:
+        return None
+    if channels != 4:
+        raise UserError(f'latents of {channels} channels: the autoencoder has 4')
+    return load_vae(path, device)
+
+
 def load_vae(path='', device='cpu'):
     """The VAE of a folder or a .safetensors file, in eval mode, as fp32.
 

@@ -94,6 +94,19 @@ def test_the_steps_axis_trains_once_and_compares_solvers_and_steps(options, call
     assert row.endswith(('| 1 |', '| 3 |'))  # the last number of steps is in its own interval
     assert (tmp_path / 'results' / 'steps_tiny.png').exists()
 
+    (tmp_path / 'out').rename(tmp_path / 'moved')
+    options[2] = f'--out_dir={tmp_path}/moved'
+    before = len(calls)
+    inline(*options, '--axis=steps', '--only=x', '--seeds=0', '--solvers=ddim', '--steps=1,3')
+    assert len(calls) == before  # all is found where it is now
+
+
+def test_arms_measured_on_different_clips_are_not_compared(options, calls):
+    options += ['--axis=target', '--only=x']
+    inline(*options, '--seeds=0')
+    options[4] = '--eval_options=--num_clips=4 --metrics= --device=cpu'
+    assert 'x-additive-32x2-seed0 were measured on different clips' in error(*options, '--seeds=0,1')
+
 
 @pytest.mark.parametrize('option, said', [
     ('--axis=size', "axis='size': expected one of target, injection, scale, steps"),
@@ -105,6 +118,8 @@ def test_the_steps_axis_trains_once_and_compares_solvers_and_steps(options, call
     ('--only=x,x', "only='x,x': expected different ones"),
     ("--launch='torchrun", 'No closing quotation'),
     ("--train_options=--a='b", 'No closing quotation'),
+    ('--train_options=--max_steps=3 --pred_name=flow', 'train_options: the arms set pred_name'),
+    ('--eval_options=--ckpt=out/wall', 'eval_options: the arms set ckpt'),
     ('--results_dir=README.md', 'cannot write to README.md'),
     ('--out_dir=README.md', 'README.md'),
     ('--base=config/none.py', 'config/none.py: no such config file'),

@@ -27,6 +27,7 @@ import checkpoint as checkpoint_module
 from checkpoint import (
     choose,
     config_of,
+    find,
     hub_file,
     load_model,
     read_checkpoint,
@@ -522,6 +523,16 @@ def test_one_of_many_files_is_chosen_by_kind_then_name():
     assert choose(['epoch=9-step=90.ckpt', 'epoch=10-step=95.ckpt', 'b.pt']) == 'epoch=10-step=95.ckpt'
     assert choose(['latest.ckpt', 'step_3.safetensors']) == 'step_3.safetensors'
     assert choose(['config.json']) == ''
+
+
+def test_a_folder_means_its_own_checkpoint_before_one_in_a_folder_below(tmp_path):
+    for name in ('aa', 'zz', '.'):
+        (tmp_path / name).mkdir(exist_ok=True)
+        (tmp_path / name / 'step_0000007.safetensors').touch()
+    (tmp_path / 'aa' / 'latest.safetensors').touch()
+    assert find(str(tmp_path)) == str(tmp_path / 'step_0000007.safetensors')
+    (tmp_path / 'step_0000007.safetensors').unlink()
+    assert find(str(tmp_path)) == str(tmp_path / 'aa' / 'latest.safetensors')
 
 
 @pytest.mark.parametrize('meta', [{'scaler': {}}, {'step': 2}, {'step': -1, 'scaler': {}}], ids=str)

@@ -119,10 +119,16 @@ def shorten_pixels(root):
     np.save(f'{root}/val/pixels.npy', np.zeros((19, 3, 64, 64), np.uint8))
 
 
+def shrink_pixels(root):
+    shorten_pixels(root)
+    np.save(f'{root}/val/pixels.npy', np.zeros((20, 3, 48, 48), np.uint8))
+
+
 @pytest.mark.parametrize('damage, line', [
     (hide, 'no file frames.npy'), (pack, 'no prepared dataset'), (empty, 'no prepared dataset'),
     (shrink_to_nothing, 'no prepared dataset'), (enlarge, 'not of the size of those for training'),
-    (drop_a_number, 'actions.npy: some numbers are not finite'), (shorten_pixels, r'expected uint8 \[20,3,H,W\]')])
+    (drop_a_number, 'actions.npy: some numbers are not finite'), (shorten_pixels, r'expected uint8 \[20, 3, 64, 64\]'),
+    (shrink_pixels, r'expected uint8 \[20, 3, 64, 64\]')])
 def test_damage_to_a_dataset_gets_one_line(damage, line, tmp_path):
     root = random_dataset(tmp_path / 'data', (3, 8, 8), action_dim=2, rows=20)
     damage(root)
@@ -154,8 +160,15 @@ def test_metadata_that_is_wrong_gets_one_line(text, tmp_path):
         Clips(root, 'train', 2, normalize=True)
 
 
+def test_actions_of_another_width_than_the_models_are_named(tmp_path):
+    root = random_dataset(tmp_path / 'data', (3, 8, 8), action_dim=2, rows=20)
+    with pytest.raises(UserError, match='actions have 2 numbers there, and 3 where the model was trained'):
+        Clips(root, 'val', 2, normalize=([0, 0, 0], [1, 1, 1]))
+
+
 @pytest.mark.parametrize('name, array', [
-    ('frames', np.zeros((20, 3, 8, 8), np.float32)), ('frames', np.zeros((20, 3, 8), np.uint8)),
+    ('frames', np.zeros((20, 3, 8, 8), np.float32)), ('frames', np.zeros((20, 3, 8, 8), np.float16)),
+    ('frames', np.zeros((20, 3, 8), np.uint8)),
     ('actions', np.full((20, 2), 'a')), ('actions', np.zeros((19, 2), np.float32)),
     ('frames', np.zeros((20, 3, 8, 0), np.uint8)), ('episodes', np.array([0, 15, 10, 20], np.uint64)),
     ('episodes', np.array([0.0, 20.0])),

@@ -117,7 +117,7 @@ RANGE = [[0, 0, 1, 1]] * 2
 @pytest.mark.parametrize('forged, line', [
     (dict(train=[]), 'not as train.py writes it'), (dict(train={}), 'not as train.py writes it'),
     (dict(action_scale=['a', 'b']), 'needs mean and std'),
-    (dict(action_scale=[[0] * 3, [1] * 3]), 'needs mean and std'),
+    (dict(action_scale=[[0] * 3, [1] * 3]), 'actions have 2 numbers there, and 3'),
     (dict(action_meta=[1]), 'action_range of 2'), (dict(action_meta={'what': 'wall'}), 'action_range of 2'),
     (dict(action_meta={'action_range': RANGE[:1]}), 'action_range of 2'),
     (dict(action_meta={'action_range': RANGE, 'what': [1]}), 'action_range of 2'),

@@ -159,6 +159,13 @@ def test_a_mistake_in_a_config_file_names_the_file(tmp_path):
     assert "mine.py: unknown key 'pred_nam'; did you mean 'pred_name'?" in error('train.py', str(config))
 
 
+def test_a_tilde_means_the_home_folder(monkeypatch):
+    monkeypatch.setenv('HOME', '/home/x')
+    settings = configurator.read_settings(train_namespace())
+    for key in ('out_dir', 'resume'):
+        assert configurator.parse('~/runs/1', settings[key]) == '/home/x/runs/1'
+
+
 def test_a_setting_of_two_types_takes_both_and_no_third(tmp_path):
     settings = configurator.read_settings(train_namespace())
     for text, value in (('True', True), ('false', False), ('a/3.safetensors', 'a/3.safetensors'), ('3', '3')):

@@ -5,7 +5,7 @@ from safetensors.torch import load_file, save_file
 
 import vae as vae_module
 from configurator import UserError
-from vae import FILE, OLD_NAMES, VAE, WIDTHS, load_vae
+from vae import FILE, OLD_NAMES, VAE, WIDTHS, load_decoder, load_vae
 
 SMALL = (32, 32, 64, 96)
 
@@ -98,6 +98,13 @@ def test_a_missing_file_says_how_to_get_it(path, tmp_path, monkeypatch):
 def test_the_path_may_come_from_the_environment(small, monkeypatch):
     monkeypatch.setenv('VAE_MODEL_PATH', str(small[1]))
     load_vae()
+
+
+def test_pixels_need_no_decoder_and_latents_of_another_kind_have_none(small, monkeypatch):
+    monkeypatch.setenv('VAE_MODEL_PATH', str(small[1]))
+    assert load_decoder(3) is None and load_decoder(4) is not None
+    with pytest.raises(UserError, match='latents of 16 channels: the autoencoder has 4'):
+        load_decoder(16)
 
 
 BIAS, FIRST = 'decoder.conv_out.bias', 'encoder.down_blocks.0.resnets.0.conv1.bias'
