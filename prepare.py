@@ -197,6 +197,8 @@ def assemble(out, parts, errors, settings):
     whole = f'{out}.partial/whole'
     shutil.rmtree(whole, ignore_errors=True)  # what a killed run joined
     done = [path for path in parts if path not in errors]
+    if not done:
+        shutil.rmtree(f'{out}.partial')  # or it would only refuse other settings
     shapes = {path: read_part(path, 'actions').shape for path in done}
     width = statistics.mode([shape[1] for shape in shapes.values()] or [0])  # the usual one
     good, broken = {'train': [], 'val': []}, {}

@@ -135,6 +135,7 @@ def test_data_py_collects_them_like_any_other_world(room, tmp_path):
     out = str(tmp_path / 'room')
     args = ['data.py', 'gym', '--env=Choice-v0', f'--import={room}', '--episodes=10', '--steps=20',
             '--shortest=5', '--image_size=16']
+    assert 'nothing is left for train' in error(*args, f'--out={out}', '--workers=0', '--shortest=15', '--steps=10')
     run(*args, f'--out={out}', '--workers=0')
     run(*args, f'--out={out}2', '--workers=2')
     frames = np.load(f'{out}/train/frames.npy')
