@@ -48,7 +48,7 @@ if __name__ == '__main__':
     num_clips = 6  # held-out starts [1 to 1000]
     samples = 1  # dreams of each start; where the world is random they differ [1 to 1000]
     num_frames = 16  # context included; where a recording ends, its actions begin again [2 to 100000]
-    actions = ''  # .npy of your own: raw, a row for each recorded frame from where the dream begins
+    actions = ''  # .npy of your own: raw, a row for each recorded frame from where the dream begins; sets num_frames
     seed = 0  # [0 to 2147483647]
     # --------------------------------------------------------------------------
     settings = configure(globals(), shared=run)
