@@ -101,11 +101,12 @@ class Clips:
             mean, std = np.float32(normalize or (0, 1))
         except (TypeError, ValueError):
             mean = std = np.float32('nan')
-        if not own and mean.shape not in ((), (numbers,)):
+        fits = mean.shape in ((), (numbers,))
+        if not fits and not own:
             raise UserError(f'{self.folder}: actions have {numbers} numbers there, and {mean.size} where '
                             'the model was trained; choose another dataset')
         usable = np.isfinite(mean) & np.isfinite(std) & (std >= 0)
-        if mean.shape not in ((), (numbers,)) or not usable.all():
+        if not fits or not usable.all():
             raise UserError(f'{self.folder}: normalising needs mean and std of {numbers} numbers, '
                             'action_mean and action_std in meta.json')
         std = np.where(std == 0, np.float32(1), std)  # a number that never changes is only shifted
